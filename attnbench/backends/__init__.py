@@ -1,0 +1,1 @@
+"""WHO runs it: `AttentionBackend` names, its metadata builder feeds, its impl runs."""
