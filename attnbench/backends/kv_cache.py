@@ -1,0 +1,228 @@
+"""Paged KV caches: allocation in a backend's own layout, filling, and reading back.
+
+A backend says the logical shape (`get_kv_cache_shape`) and the order in which it lies in memory
+(`get_kv_cache_stride_order`); the cache is the logical view over that memory. Which logical
+dimension is which is found by asking for the shape twice with one number changed, so that
+`(2, blocks, block_size, heads, size)`, `(blocks, 2, ...)` or heads before slots all work.
+
+What a slot holds before a backend writes to it:
+
+- the context: its K and V, divided by the layer's scales in an fp8 cache;
+- slots that no request may read and no block table leads to, and slots that the new tokens will be
+  written to: NaN. Reading one, or forgetting to write one, ends in a NaN output;
+- slots that a block table leads to but a mask must hide (the rest of a last block, and the null
+  block that pads the table): an engine keeps something finite there, and a kernel may multiply it
+  by a weight of zero. The first slot behind a sequence holds the token that would come next, which
+  attracts the queries (see `queries.py`); the rest holds a large number.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from attnbench.backends.abstract import AttentionBackend
+from attnbench.backends.batch import AttentionBatch
+from attnbench.backends.builder import KVCacheSpec
+from attnbench.backends.dtypes import movable, torch_dtype
+from attnbench.backends.paging import NULL_BLOCK
+from attnbench.errors import WorkloadError
+from attnbench.workload.types import AttentionShape, AttentionType
+
+#: Stored in slots that a mask must hide; exact in every format, far outside the data.
+HIDDEN_POISON = 64.0
+_CHUNK_TOKENS = 4096
+
+
+class _Axes(NamedTuple):
+    """Logical dimensions of a KV cache; `pair` (key, value) and `head` are None for MLA."""
+
+    pair: int | None
+    block: int
+    slot: int
+    head: int | None
+    size: int
+
+
+def cache_head_size(shape: AttentionShape) -> int:
+    """Width of one stored row: where K and V differ, both get the wider one's room."""
+    return shape.head_size if shape.is_mla else max(shape.head_size, shape.v_head_size)
+
+
+def kv_cache_shape(
+    backend: type[AttentionBackend], spec: KVCacheSpec, num_blocks: int
+) -> tuple[int, ...]:
+    """Logical shape of the cache of `num_blocks` blocks."""
+    return backend.get_kv_cache_shape(
+        num_blocks,
+        spec.block_size,
+        spec.shape.num_kv_heads,
+        cache_head_size(spec.shape),
+        spec.kv_cache_dtype,
+    )
+
+
+def allocate_kv_cache(
+    backend: type[AttentionBackend],
+    spec: KVCacheSpec,
+    num_blocks: int,
+    device: torch.device | str,
+) -> torch.Tensor:
+    """An empty cache: logical shape of the backend over memory in its stride order.
+
+    The tensor's dtype is the cache's own (`torch.float8_e4m3fn` for fp8_e4m3).
+
+    Raises:
+        WorkloadError: the backend's shape or stride order makes no sense.
+    """
+    shape = kv_cache_shape(backend, spec, num_blocks)
+    _axes(backend, spec)
+    try:
+        order = backend.get_kv_cache_stride_order(kv_cache_layout=spec.kv_cache_layout)
+    except NotImplementedError:
+        order = tuple(range(len(shape)))
+    if sorted(order) != list(range(len(shape))):
+        raise WorkloadError(
+            f"{backend.get_name()}: stride order {order} is no permutation of the {len(shape)} "
+            f"dimensions of its cache {shape}; mend get_kv_cache_stride_order"
+        )
+    memory = torch.empty(
+        [shape[i] for i in order], dtype=torch_dtype(spec.kv_cache_dtype), device=device
+    )
+    inverse = [order.index(i) for i in range(len(shape))]
+    return memory.permute(inverse)
+
+
+def key_value_views(
+    backend: type[AttentionBackend], spec: KVCacheSpec, kv_cache: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the cache in one form whatever the backend's: `(num_blocks, block_size, ...)`.
+
+    Key cache `(..., num_kv_heads, head_size)`, value cache `(..., num_kv_heads, v_head_size)`;
+    MLA: latents `(..., kv_lora_rank)` and rotary keys `(..., 1, qk_rope_head_dim)`.
+    """
+    axes, shape = _axes(backend, spec), spec.shape
+    if axes.pair is None or axes.head is None:
+        latent = kv_cache.permute(axes.block, axes.slot, axes.size)
+        return latent[..., : shape.kv_lora_rank], latent[..., None, shape.kv_lora_rank :]
+    both = kv_cache.permute(axes.pair, axes.block, axes.slot, axes.head, axes.size)
+    return both[0][..., : shape.head_size], both[1][..., : shape.v_head_size]
+
+
+def fill_context(
+    batch: AttentionBatch, kv_cache: torch.Tensor, backend: type[AttentionBackend]
+) -> None:
+    """Put the context of `batch` into `kv_cache` and poison everything else (see the module).
+
+    Written through the logical view, not through the backend's own code.
+    """
+    movable(kv_cache).copy_(_constant(kv_cache, float("nan")))
+    caches = key_value_views(backend, batch.spec, kv_cache)
+    for cache in caches:
+        movable(cache)[NULL_BLOCK] = _constant(cache, HIDDEN_POISON)
+    if batch.attn_type in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
+        return
+    block_size = batch.spec.block_size
+    for request, seq_len in enumerate(r.seq_len for r in batch.requests):
+        computed = batch.num_computed(request)
+        behind = torch.arange(seq_len, -(-seq_len // block_size) * block_size, device=batch.device)
+        if len(behind):
+            block, offset = _split(request_slots(batch, request, behind), block_size)
+            for cache in caches:
+                movable(cache)[block, offset] = _constant(cache, HIDDEN_POISON)
+            _write(batch, caches, request, seq_len, seq_len + 1)
+        for start in range(0, computed, _CHUNK_TOKENS):
+            _write(batch, caches, request, start, min(start + _CHUNK_TOKENS, computed))
+
+
+def write_new_tokens(
+    batch: AttentionBatch, kv_cache: torch.Tensor, backend: type[AttentionBackend]
+) -> None:
+    """What a right `do_kv_cache_update` does, for caches that no backend writes to (tests)."""
+    key_cache, value_cache = key_value_views(backend, batch.spec, kv_cache)
+    slots = batch.metadata.slot_mapping
+    write_slots(key_cache, batch.key, slots, batch.layer._k_scale_float)
+    write_slots(value_cache, batch.value, slots, batch.layer._v_scale_float)
+
+
+def write_slots(
+    cache: torch.Tensor, values: torch.Tensor, slot_mapping: torch.Tensor, scale: float
+) -> None:
+    """Store `values / scale` (num_tokens, ...) in their slots; negative slots are skipped."""
+    keep = slot_mapping >= 0
+    if not bool(keep.all()):
+        values, slot_mapping = values[keep], slot_mapping[keep]
+    if scale != 1.0:
+        values = values.float() / scale
+    block, offset = _split(slot_mapping, cache.shape[1])
+    movable(cache)[block, offset] = movable(values.to(cache.dtype))
+
+
+def read_slots(cache: torch.Tensor, slots: torch.Tensor, scale: float) -> torch.Tensor:
+    """Real values of slots, `stored * scale`, in float64."""
+    block, offset = _split(slots, cache.shape[1])
+    stored = movable(cache)[block, offset].view(cache.dtype)
+    return stored.to(torch.float64) * scale
+
+
+def request_slots(batch: AttentionBatch, request: int, positions: torch.Tensor) -> torch.Tensor:
+    """Slot of each position of one request, by the batch's block table."""
+    block_size = batch.spec.block_size
+    blocks = batch.metadata.block_table_tensor[request][positions // block_size]
+    return blocks.to(torch.int64) * block_size + positions % block_size
+
+
+def _write(
+    batch: AttentionBatch,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    request: int,
+    start: int,
+    end: int,
+) -> None:
+    slots = request_slots(batch, request, torch.arange(start, end, device=batch.device))
+    key, value = batch.keys_values(request, start, end)
+    write_slots(caches[0], key, slots, batch.layer._k_scale_float)
+    write_slots(caches[1], value, slots, batch.layer._v_scale_float)
+
+
+def _split(slots: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return slots // block_size, slots % block_size
+
+
+def _constant(cache: torch.Tensor, value: float) -> torch.Tensor:
+    """`value` as the cache stores it, in a form that can be copied on every device."""
+    return movable(torch.tensor([value]).to(cache.dtype)).to(cache.device)
+
+
+def _axes(backend: type[AttentionBackend], spec: KVCacheSpec) -> _Axes:
+    """Which logical dimension is which, from how the shape follows its arguments."""
+    heads, size = spec.shape.num_kv_heads, cache_head_size(spec.shape)
+
+    def shape(blocks: int, block_size: int, num_heads: int, head_size: int) -> tuple[int, ...]:
+        return backend.get_kv_cache_shape(
+            blocks, block_size, num_heads, head_size, spec.kv_cache_dtype
+        )
+
+    base = shape(5, spec.block_size, heads, size)
+
+    def changed(other: tuple[int, ...]) -> int:
+        moved = [i for i, (a, b) in enumerate(zip(base, other, strict=True)) if a != b]
+        return moved[0] if len(moved) == 1 else -1
+
+    block = changed(shape(7, spec.block_size, heads, size))
+    slot = changed(shape(5, 2 * spec.block_size, heads, size))
+    width = changed(shape(5, spec.block_size, heads, 2 * size))
+    if spec.shape.is_mla:
+        if len(base) == 3 and {block, slot, width} == {0, 1, 2}:
+            return _Axes(None, block, slot, None, width)
+    elif len(base) == 5:
+        head = changed(shape(5, spec.block_size, heads + 1, size))
+        rest = set(range(5)) - {block, slot, head, width}
+        if len(rest) == 1 and -1 not in (block, slot, head, width) and base[min(rest)] == 2:
+            return _Axes(min(rest), block, slot, head, width)
+    raise WorkloadError(
+        f"{backend.get_name()}: KV cache shape {base} is neither (2, num_blocks, block_size, "
+        "num_kv_heads, head_size) in some order nor (num_blocks, block_size, head_size) for MLA; "
+        "mend get_kv_cache_shape"
+    )

@@ -1,0 +1,355 @@
+"""Deliberately broken kernels are caught, right ones of every precision are not.
+
+`Kernel` is a small right kernel over the paged cache in the workload's own dtype (products in
+float32, weights and output rounded); each broken one overrides the one step it gets wrong.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from attnbench.backends.batch import AttentionBatch, make_batch
+from attnbench.backends.check import check_output, poison_, row_tolerance
+from attnbench.backends.kv_cache import (
+    allocate_kv_cache,
+    fill_context,
+    key_value_views,
+    write_slots,
+)
+from attnbench.backends.paged_reference import absorb_query
+from attnbench.backends.reference import ReferenceResult, reference_attention
+from attnbench.workload import AttentionType, Workload
+from tests.backends.layouts import layout_of, small_workloads
+
+
+class Kernel:
+    """A right kernel: writes the new tokens, then reads each request's blocks."""
+
+    def __init__(self, batch: AttentionBatch) -> None:
+        self.batch = batch
+        backend = layout_of(batch.workload)
+        self.cache = allocate_kv_cache(backend, batch.spec, batch.num_blocks, "cpu")
+        fill_context(batch, self.cache, backend)
+        self.views = key_value_views(backend, batch.spec, self.cache)
+        self.block_size = batch.spec.block_size
+        self.k_scale = batch.layer._k_scale_float
+        self.v_scale = batch.layer._v_scale_float
+
+    def slot_mapping(self) -> torch.Tensor:
+        return self.batch.metadata.slot_mapping
+
+    def block_table(self) -> torch.Tensor:
+        return self.batch.metadata.block_table_tensor.long()
+
+    def num_keys(self, request: int) -> int:
+        return self.batch.requests[request].seq_len
+
+    def visible(self, distance: torch.Tensor) -> torch.Tensor:
+        """Which keys are seen, from query position minus key position."""
+        window = self.batch.shape.sliding_window or 1 << 30
+        if self.batch.attn_type is AttentionType.DECODER:
+            return (distance >= 0) & (distance < window)
+        return distance.abs() < window
+
+    def source(self, request: int) -> int:
+        """Whose keys a request reads."""
+        return request
+
+    def run(self, output: torch.Tensor) -> None:
+        write_slots(self.views[0], self.batch.key, self.slot_mapping(), self.k_scale)
+        write_slots(self.views[1], self.batch.value, self.slot_mapping(), self.v_scale)
+        for request in range(len(self.batch.requests)):
+            start, end = self.batch.query_range(request)
+            output[start:end] = self.attend(request, self.batch.query[start:end].float())
+
+    def attend(self, request: int, query: torch.Tensor) -> torch.Tensor:
+        shape, dtype = self.batch.shape, self.batch.spec.dtype
+        group = shape.num_heads // shape.num_kv_heads
+        source = self.source(request)
+        positions = torch.arange(self.num_keys(source))
+        blocks = self.block_table()[source][positions // self.block_size]
+        key, value = (
+            view[blocks, positions % self.block_size].float() * scale
+            for view, scale in zip(self.views, (self.k_scale, self.v_scale), strict=True)
+        )
+        if shape.is_mla:
+            query = absorb_query(self.batch, query.double()).to(dtype).float()
+            key, value = torch.cat([key, value[:, 0]], dim=-1)[:, None], key[:, None]
+        seq_len = self.batch.requests[request].seq_len
+        own = torch.arange(seq_len - len(query), seq_len)
+        hidden = ~self.visible(own[:, None] - positions[None, :])
+        logits = torch.einsum("thd,khd->thk", query, key.repeat_interleave(group, 1))
+        logits = (logits * shape.scale).masked_fill(hidden[:, None], float("-inf"))
+        weights = torch.exp(logits - logits.amax(-1, keepdim=True))
+        total = weights.sum(-1, keepdim=True)
+        value = value.repeat_interleave(group, 1)
+        output = torch.einsum("thk,khd->thd", weights.to(dtype).float(), value) / total
+        if shape.is_mla:
+            up = self.batch.layer.W_UV.float()
+            output = torch.einsum("thl,hlv->thv", output.to(dtype).float(), up)
+        return output
+
+
+class IgnoresTheBlockTable(Kernel):
+    def block_table(self) -> torch.Tensor:
+        table = super().block_table()
+        return torch.arange(table.numel()).view(table.shape) % self.batch.num_blocks
+
+
+class IgnoresTheBlockTableOfOne(Kernel):
+    """Right for the first request, then takes the next blocks in order."""
+
+    def block_table(self) -> torch.Tensor:
+        table = super().block_table()
+        table[1:, 1:] = table[1:, :1] + torch.arange(1, table.shape[1])
+        return table.clamp_max(self.batch.num_blocks - 1)
+
+
+class SeesOneTooMany(Kernel):
+    """Also sees the next token; for a decode the slot behind the end of its sequence."""
+
+    def num_keys(self, request: int) -> int:
+        limit = self.block_table().shape[1] * self.block_size
+        return min(self.batch.requests[request].seq_len + 1, limit)
+
+    def visible(self, distance: torch.Tensor) -> torch.Tensor:
+        return super().visible(distance) | (distance == -1)
+
+
+class SeesOneTooFew(Kernel):
+    def visible(self, distance: torch.Tensor) -> torch.Tensor:
+        return super().visible(distance) & (distance != 0) | (distance == distance.max())
+
+
+class CausalFromTheTopLeft(Kernel):
+    """Aligns the mask with the first key, not the last (flash-attention before 2.1)."""
+
+    def visible(self, distance: torch.Tensor) -> torch.Tensor:
+        return super().visible(distance - distance.min() - distance.shape[1] + 1)
+
+
+class WindowTooWide(Kernel):
+    def visible(self, distance: torch.Tensor) -> torch.Tensor:
+        return super().visible(distance) | (distance == self.batch.shape.sliding_window)
+
+
+class WindowTooNarrow(Kernel):
+    def visible(self, distance: torch.Tensor) -> torch.Tensor:
+        return super().visible(distance) & (distance != self.batch.shape.sliding_window - 1)
+
+
+class WritesToTheWrongSlot(Kernel):
+    def slot_mapping(self) -> torch.Tensor:
+        slots = super().slot_mapping().clone()
+        slots[-1] += 1 if slots[-1] % self.block_size == 0 else -1
+        return slots
+
+
+class WritesNothing(Kernel):
+    def slot_mapping(self) -> torch.Tensor:
+        return torch.full_like(super().slot_mapping(), -1)
+
+
+class IgnoresKScale(Kernel):
+    def attend(self, request: int, query: torch.Tensor) -> torch.Tensor:
+        return super().attend(request, query / self.batch.layer._k_scale_float)
+
+
+class IgnoresVScale(Kernel):
+    def attend(self, request: int, query: torch.Tensor) -> torch.Tensor:
+        return super().attend(request, query) / self.batch.layer._v_scale_float
+
+
+class SwapsTwoRequests(Kernel):
+    def source(self, request: int) -> int:
+        return {0: 1, 1: 0}.get(request, request)
+
+
+class ForgetsTheLastBlock(Kernel):
+    """Works on whole blocks only."""
+
+    def num_keys(self, request: int) -> int:
+        seq_len = self.batch.requests[request].seq_len
+        return max(1, seq_len // self.block_size * self.block_size)
+
+
+class ForgetsTheLastHead(Kernel):
+    def run(self, output: torch.Tensor) -> None:
+        last = output[:, -1].clone()
+        super().run(output)
+        output[:, -1] = last
+
+
+class IsOneTokenStale(Kernel):
+    """Returns the previous step's output for one request."""
+
+    def run(self, output: torch.Tensor) -> None:
+        super().run(output)
+        output[-1] = self.attend(0, self.batch.query[:1].float())[0]
+
+
+class DoesNothing(Kernel):
+    def run(self, output: torch.Tensor) -> None:
+        return
+
+
+def outcome(
+    kernel: type[Kernel], batch: AttentionBatch, reference: ReferenceResult, poison: bool = True
+) -> tuple[bool, str]:
+    output = torch.zeros(reference.output.shape, dtype=batch.spec.dtype)
+    if poison:
+        poison_(output)
+    kernel(batch).run(output)
+    workload = batch.workload
+    check = check_output(output, reference, workload.dtype, workload.resolved_kv_cache_dtype)
+    assert check.ok == (check.reason == "")
+    return check.ok, check.reason
+
+
+SPECS = {
+    "decode": "4q1s300 heads=8/2 head_size=64",
+    "decode at 4k": "2q1s4090 heads=8/2 head_size=64",
+    "prefill": "q40_q130 heads=4/2 head_size=64",
+    "mixed": "3q1s200_2q17s90 heads=4/1 head_size=64",
+    "one head": "3q1s50 heads=1/1 head_size=16",
+    "mla": "2q1s200_q5s90 heads=4/1 mla=32+16:16+16",
+}
+FORMATS = ["dtype=fp32", "dtype=fp16", "dtype=bf16", "dtype=bf16 kv=fp8_e4m3"]
+#: The widest tolerances: what they catch, the others catch.
+COARSE_FORMATS = FORMATS[2:]
+BROKEN = [
+    IgnoresTheBlockTable,
+    IgnoresTheBlockTableOfOne,
+    SeesOneTooMany,
+    SeesOneTooFew,
+    WritesToTheWrongSlot,
+    WritesNothing,
+    SwapsTwoRequests,
+    ForgetsTheLastBlock,
+    ForgetsTheLastHead,
+    IsOneTokenStale,
+    DoesNothing,
+]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_right_kernel_passes(spec: str, fmt: str) -> None:
+    batch = make_batch(Workload.parse(f"{SPECS[spec]} {fmt}"))
+    assert outcome(Kernel, batch, reference_attention(batch)) == (True, "")
+
+
+@pytest.mark.parametrize("fmt", COARSE_FORMATS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_broken_kernels_are_caught(spec: str, fmt: str) -> None:
+    batch = make_batch(Workload.parse(f"{SPECS[spec]} {fmt}"))
+    reference = reference_attention(batch)
+    caught = {kernel.__name__: not outcome(kernel, batch, reference)[0] for kernel in BROKEN}
+    assert all(caught.values()), caught
+
+
+def test_reading_past_a_full_last_block_is_caught() -> None:
+    """Behind a sequence of whole blocks the table is padded with the null block."""
+    batch = make_batch(Workload.parse("q1s64_q1s96 heads=2/1 head_size=64"))
+    assert not outcome(SeesOneTooMany, batch, reference_attention(batch))[0]
+
+
+@pytest.mark.parametrize("fmt", COARSE_FORMATS)
+@pytest.mark.parametrize("spec", ["4q1s300", "q700 window=256", "2q1s4000_q33s2000"])
+def test_a_window_off_by_one_is_caught(spec: str, fmt: str) -> None:
+    if "window" not in spec:
+        spec += " window=128"
+    batch = make_batch(Workload.parse(f"{spec} heads=2/1 head_size=64 {fmt}"))
+    reference = reference_attention(batch)
+    assert outcome(Kernel, batch, reference) == (True, "")
+    assert not outcome(WindowTooWide, batch, reference)[0]
+    assert not outcome(WindowTooNarrow, batch, reference)[0]
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("spec", ["decode", "prefill", "one head"])
+def test_ignored_scales_are_caught(spec: str, kv_cache_dtype: str) -> None:
+    batch = make_batch(Workload.parse(f"{SPECS[spec]} kv={kv_cache_dtype}"))
+    reference = reference_attention(batch)
+    assert not outcome(IgnoresKScale, batch, reference)[0]
+    assert not outcome(IgnoresVScale, batch, reference)[0]
+
+
+def test_a_mask_aligned_to_the_wrong_corner_is_caught() -> None:
+    batch = make_batch(Workload.parse("2q17s90 heads=4/1 head_size=64"))
+    assert not outcome(CausalFromTheTopLeft, batch, reference_attention(batch))[0]
+
+
+def test_stale_output_needs_the_poison_only_where_it_is_right_by_chance() -> None:
+    """A buffer that still holds an earlier, wrong output is caught; an earlier right one is not,
+    which is why the output is poisoned before each check."""
+    batch = make_batch(Workload.parse(SPECS["decode"]))
+    reference = reference_attention(batch)
+    assert not outcome(DoesNothing, batch, reference, poison=False)[0]
+    right = reference.output.to(batch.spec.dtype)
+    assert check_output(right, reference, "bf16", "bf16").ok
+    DoesNothing(batch).run(poison_(right))
+    check = check_output(right, reference, "bf16", "bf16")
+    assert (check.ok, check.reason.split(" in ")[0]) == (False, "not finite or not written")
+
+
+@settings(deadline=None, max_examples=40)
+@given(small_workloads(mla=False, dtypes=("fp32", "fp16", "bf16")))
+def test_rounding_the_truth_passes_and_a_swapped_row_does_not(workload: Workload) -> None:
+    reference = reference_attention(make_batch(workload))
+    names = (workload.dtype, workload.resolved_kv_cache_dtype)
+    output = reference.output.to(
+        {"fp32": torch.float32, "fp16": torch.float16}.get(workload.dtype, torch.bfloat16)
+    )
+    assert check_output(output, reference, *names).ok
+    broken = output.clone()
+    broken[-1, -1] += 2 * broken[-1, -1].abs().max() + 0.5
+    check = check_output(broken, reference, *names)
+    assert not check.ok
+    last = len(workload.requests) - 1
+    assert f"in request {last}, query token" in check.reason
+    assert f"head {workload.shape.num_heads - 1}" in check.reason
+
+
+def test_the_worst_place_and_the_errors_are_named() -> None:
+    reference = ReferenceResult(
+        output=torch.ones(5, 2, 4, dtype=torch.float64),
+        lse=torch.zeros(5, 2, dtype=torch.float64),
+        query_start_loc=torch.tensor([0, 2, 5]),
+    )
+    output = torch.ones(5, 2, 4)
+    output[1, 0, 3] = 1.05
+    output[3, 1, 2] = 0.75
+    check = check_output(output, reference, "fp32", "fp32")
+    assert not check.ok
+    assert check.max_abs_error == pytest.approx(0.25)
+    assert check.rel_error == pytest.approx(0.125)  # 0.25 against a row of norm 2
+    assert "request 1, query token 1, head 1" in check.reason
+    output[2, 1, 0] = float("inf")
+    check = check_output(output, reference, "fp32", "fp32")
+    assert check.reason == "not finite or not written in request 1, query token 0, head 1"
+    check = check_output(output[:, :1], reference, "fp32", "fp32")
+    assert check.reason == "output has shape (5, 1, 4), expected (5, 2, 4)"
+
+
+def test_large_outputs_are_compared_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(50, 4, 8, generator=generator, dtype=torch.float64)
+    reference = ReferenceResult(
+        output=truth, lse=truth[..., 0], query_start_loc=torch.tensor([0, 20, 50])
+    )
+    output = truth.float()
+    output[33, 2] += 0.5
+    whole = check_output(output, reference, "fp32", "fp32")
+    monkeypatch.setattr("attnbench.backends.check._CHUNK_ROWS", 7)
+    assert check_output(output, reference, "fp32", "fp32") == whole
+    assert "request 1, query token 13, head 2" in whole.reason
+
+
+def test_tolerances_order_as_the_precisions_do() -> None:
+    tolerances = [row_tolerance(d, d) for d in ("fp32", "fp16", "bf16")]
+    assert tolerances == sorted(tolerances)
+    assert tolerances[2] == pytest.approx(6 * 2**-8)
+    assert row_tolerance("bf16", "fp8_e5m2") > row_tolerance("bf16", "bf16")
