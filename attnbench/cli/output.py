@@ -1,0 +1,74 @@
+"""How a verb prints: results on stdout in one of four formats, everything else on stderr."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+
+class Format(StrEnum):
+    """Output formats every reading verb offers."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+    MARKDOWN = "markdown"
+
+
+FormatOption = Annotated[
+    Format, typer.Option("--format", "-f", help="How to print results on stdout.")
+]
+
+
+def note(message: str) -> None:
+    """A line for the person at the terminal; never mixed into results."""
+    print(message, file=sys.stderr)
+
+
+def emit(rows: Iterable[Mapping[str, Any]], format: Format, columns: Sequence[str] = ()) -> None:
+    """Print `rows` on stdout. `columns` fixes the order; default: the keys of the first row."""
+    listed = list(rows)
+    names = list(columns) or (list(listed[0]) if listed else [])
+    if format is Format.JSON:
+        print(json.dumps([{n: row.get(n) for n in names} for row in listed], indent=2, default=str))
+    elif format is Format.CSV:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows([_cell(row.get(n)) for n in names] for row in listed)
+    elif format is Format.MARKDOWN:
+        print("| " + " | ".join(names) + " |")
+        print("|" + "---|" * len(names))
+        for row in listed:
+            print("| " + " | ".join(_cell(row.get(n)).replace("|", "\\|") for n in names) + " |")
+    else:
+        _emit_table(listed, names)
+
+
+def _emit_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(_cell(row.get(n))) for n in names))
+    # A pipe has no width: let every column be as wide as it needs.
+    Console(width=None if sys.stdout.isatty() else 400, soft_wrap=False).print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return "; ".join(str(v) for v in value)
+    return str(value)
