@@ -1,0 +1,105 @@
+"""`attnbench results`: query, export, check and compact what is stored."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnbench.cli.output import Format, FormatOption, emit, note
+from attnbench.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from attnbench.store import ResultsFolder
+
+results_app = typer.Typer(
+    help="Query, export, check and compact stored results.", no_args_is_help=True
+)
+
+ResultsOption = Annotated[Path | None, typer.Option(help="Results folder. Default: settings.")]
+
+
+@results_app.command()
+def query(
+    sql: Annotated[
+        str,
+        typer.Argument(
+            help="One SELECT in DuckDB's SQL over the view `results`, e.g. "
+            "'SELECT backend, count(*) FROM results GROUP BY ALL'; "
+            "'DESCRIBE results' lists the columns."
+        ),
+    ],
+    results: ResultsOption = None,
+    format: FormatOption = Format.TABLE,
+) -> None:
+    """Print the result of a SQL query over all stored rows. Files are only read."""
+    table = _folder(results).query(sql)
+    rows = ({name: _plain(value) for name, value in row.items()} for row in table.to_pylist())
+    emit(rows, format, table.column_names)
+
+
+@results_app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="File to write: .csv, .json, .parquet or .md.")],
+    sql: Annotated[
+        str, typer.Option(help="Export the result of this SELECT over `results`, not all rows.")
+    ] = "",
+    results: ResultsOption = None,
+    format: Annotated[
+        str, typer.Option(help="csv, json, parquet or markdown. Default: the file's ending.")
+    ] = "",
+) -> None:
+    """Write all stored rows, or the result of a query, into one file."""
+    from attnbench.store.export import ExportFormat
+
+    if format and format not in list(ExportFormat):
+        raise UsageError(f"--format {format!r}: write one of {', '.join(ExportFormat)}")
+    chosen = ExportFormat(format) if format else None
+    count = _folder(results).export(path, chosen, sql or None)
+    note(f"{count} rows written to {path}")
+
+
+@results_app.command()
+def check(
+    results: ResultsOption = None,
+    format: FormatOption = Format.TABLE,
+) -> None:
+    """Read every stored byte, compare it with its checksums, and name every bad file (exit 2)."""
+    report = _folder(results).check()
+    problems = [{"file": str(p.path), "problem": p.text} for p in report.problems]
+    if problems or format is not Format.TABLE:
+        emit(problems, format, ("file", "problem"))
+    verdict = "all good" if report.is_ok else f"{len(report.bad_files)} of them bad"
+    note(f"{report.num_files} files, {report.num_rows} rows: {verdict}")
+    raise typer.Exit(ExitCode.OK if report.is_ok else ExitCode.USAGE)
+
+
+@results_app.command()
+def compact(
+    results: ResultsOption = None,
+    format: FormatOption = Format.TABLE,
+) -> None:
+    """Seal killed runs and merge sealed runs into one file a month. Loses nothing if killed."""
+    months = _folder(results).compact()
+    columns = ("file", "runs_merged", "rows")
+    rows = [(str(month.path), month.num_runs, month.num_rows) for month in months]
+    if rows or format is not Format.TABLE:
+        emit((dict(zip(columns, row, strict=True)) for row in rows), format, columns)
+    else:
+        note("nothing to compact")
+
+
+def _folder(results: Path | None) -> ResultsFolder:
+    from attnbench.settings import load_settings
+    from attnbench.store import ResultsFolder
+
+    return ResultsFolder(results or load_settings().results)
+
+
+def _plain(value: Any) -> Any:
+    """Whole numbers as such: DuckDB's sums are 128 bits wide, which Arrow has as decimals."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return value
