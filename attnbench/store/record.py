@@ -146,7 +146,8 @@ class Measurement:
     # of what
     commit: str = ""
     commit_time: datetime | None = None
-    subject: str = "attnbench"
+    commit_subject: str = ""  # first line of the commit's message
+    subject: str = "attnbench"  # what is under test
 
     # outcome
     status: str

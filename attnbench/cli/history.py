@@ -1,0 +1,230 @@
+"""`attnbench compare` and `attnbench history`: what changed between two sides, and over time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnbench.cli.output import Format, FormatOption, emit, note
+from attnbench.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from attnbench.history.comparison import ComparedSeries
+    from attnbench.history.series import Series
+    from attnbench.history.verdict import SeriesVerdict
+
+ResultsOption = Annotated[Path | None, typer.Option(help="Results folder. Default: settings.")]
+MetricOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Metric to look at; repeat for several. Default: attention."),
+]
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help="Baseline: a run id, commit or stack id, or a prefix.")],
+    b: Annotated[str, typer.Argument(help="What is compared with it, named the same way.")],
+    metric: MetricOption = None,
+    all: Annotated[bool, typer.Option("--all", help="Also list what did not change.")] = False,
+    results: ResultsOption = None,
+    format: FormatOption = Format.TABLE,
+) -> None:
+    """Compare two runs, commits or stacks, point by point. Exit 1: B is slower somewhere."""
+    from attnbench.history.comparison import compare as compare_sides
+    from attnbench.history.rule import Verdict, VerdictSettings
+
+    found = compare_sides(_table(results), a, b, VerdictSettings(metrics=_metrics(metric)))
+    for side in (found.a, found.b):
+        newest = side.runs[-1]
+        note(
+            f"{side.text}: {side.kind}, {len(side.runs)} run(s), newest {newest.run_id}, "
+            f"commit {newest.commit[:12] or 'unknown'}, {newest.device_class}"
+        )
+    if found.environment:
+        note(f"stack differs: {found.environment.text}")
+    for titles, text in ((found.only_a, a), (found.only_b, b)):
+        if titles:
+            note(f"{len(titles)} points only in {text}: {'; '.join(titles[:3])}" + _more(titles))
+    rows = [r for r in found.rows if all or r.verdict is not Verdict.UNCHANGED]
+    if len(rows) < len(found.rows):
+        note(f"{len(found.rows) - len(rows)} of {len(found.rows)} unchanged (--all lists them)")
+    emit([_compared_row(row) for row in rows], format, COMPARE_COLUMNS)
+    raise typer.Exit(found.exit_code)
+
+
+COMPARE_COLUMNS = (
+    "verdict",
+    "change",
+    "interval",
+    "backend",
+    "workload",
+    "metric",
+    "a_us",
+    "b_us",
+    "a_status",
+    "b_status",
+    "reasons",
+    "note",
+)
+HISTORY_COLUMNS = (
+    "verdict",
+    "change",
+    "interval",
+    "backend",
+    "workload",
+    "metric",
+    "device",
+    "runs",
+    "latest_us",
+    "status",
+    "since",
+    "reasons",
+)
+LEVEL_COLUMNS = ("backend", "workload", "metric", "device")
+
+
+def history(
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Only this backend; repeat for several.")
+    ] = None,
+    workload: Annotated[
+        str, typer.Option(help="Only workloads whose text contains this, e.g. 16q1s4k.")
+    ] = "",
+    by: Annotated[
+        str,
+        typer.Option(
+            help="series: one line each with its verdict; commit or stack: one per level."
+        ),
+    ] = "series",
+    metric: MetricOption = None,
+    results: ResultsOption = None,
+    format: FormatOption = Format.TABLE,
+) -> None:
+    """List every series with the verdict on its newest run, or its levels."""
+    from attnbench.history.rule import VerdictSettings
+    from attnbench.history.series import Axis, series_of
+    from attnbench.history.verdict import judge_series
+
+    if by not in ("series", *Axis):
+        raise UsageError(f"--by {by!r} is not known; use one of series, commit, stack")
+    settings = VerdictSettings(metrics=_metrics(metric))
+    every = series_of(_table(results), settings.metrics)
+    chosen = [
+        s
+        for s in every
+        if (not backend or s.identity["backend"] in {b.upper() for b in backend})
+        and workload in s.identity["workload"]
+    ]
+    if not chosen:
+        known = ", ".join(sorted({s.identity["backend"] for s in every})) or "none"
+        note(f"no series of {len(every)} match; backends stored: {known}")
+    if by == "series":
+        verdicts = [judge_series(s, s.newest, settings) for s in chosen]
+        emit([verdict_row(v) for v in verdicts], format, HISTORY_COLUMNS)
+    else:
+        axis = Axis(by)
+        rows = [row for s in chosen for row in _level_rows(s, axis)]
+        columns = (*LEVEL_COLUMNS, str(axis), "first_run", "runs", "status", "median_us", "change")
+        emit(rows, format, columns)
+
+
+def _table(results: Path | None) -> pa.Table:
+    from attnbench.history.verdict import NEEDED_COLUMNS
+    from attnbench.settings import load_settings
+    from attnbench.store import ResultsFolder
+
+    folder = results if results is not None else load_settings().results
+    return ResultsFolder(folder).table(NEEDED_COLUMNS)
+
+
+def _metrics(chosen: list[str] | None) -> tuple[str, ...]:
+    from attnbench.store.record import Metric
+
+    known = [str(metric) for metric in Metric]
+    for name in chosen or ():
+        if name not in known:
+            raise UsageError(f"--metric {name!r} is not known; use one of {', '.join(known)}")
+    return tuple(chosen) if chosen else (str(Metric.ATTENTION),)
+
+
+def _identity(series: Series) -> dict[str, Any]:
+    variant = series.identity["variant"]
+    return {
+        "backend": f"{series.identity['backend']}{f':{variant}' if variant else ''}",
+        "workload": series.identity["workload"],
+        "metric": series.key.metric,
+        "device": series.key.device_class,
+    }
+
+
+def _change(found: Any) -> dict[str, str]:
+    from attnbench.history.summary import interval_text, percent
+
+    if found is None:
+        return {"change": "", "interval": ""}
+    text = percent(found.ratio)
+    return {"change": text, "interval": interval_text(found).removeprefix(text).strip()}
+
+
+def _compared_row(row: ComparedSeries) -> dict[str, Any]:
+    return {
+        "verdict": str(row.verdict),
+        **_change(row.estimate),
+        **_identity(row.series),
+        "a_us": _microseconds(row.a_s),
+        "b_us": _microseconds(row.b_s),
+        "a_status": row.a_status and str(row.a_status),
+        "b_status": row.b_status and str(row.b_status),
+        "reasons": [str(reason) for reason in row.reasons],
+        "note": row.note,
+    }
+
+
+def verdict_row(verdict: SeriesVerdict) -> dict[str, Any]:
+    """A verdict as a line of `HISTORY_COLUMNS`."""
+    from attnbench.history.summary import level_text
+
+    return {
+        "verdict": str(verdict.verdict),
+        **_change(verdict.estimate),
+        **_identity(verdict.series),
+        "runs": len(verdict.series.values),
+        "latest_us": _microseconds(verdict.subject.median_s),
+        "status": str(verdict.subject.status),
+        "since": level_text(verdict.since) if verdict.since else "",
+        "reasons": [str(reason) for reason in verdict.reasons],
+    }
+
+
+def _level_rows(series: Series, axis: Any) -> list[dict[str, Any]]:
+    from attnbench.history.summary import percent
+
+    rows = []
+    before: float | None = None
+    for level in series.levels(axis):
+        median = level.median_s
+        change = percent(median / before) if median is not None and before else ""
+        before = median or before
+        rows.append(
+            {
+                **_identity(series),
+                str(axis): level.label[:12],
+                "first_run": f"{level.started_at:%Y-%m-%d %H:%M}",
+                "runs": len(level.values),
+                "status": str(level.values[-1].status),
+                "median_us": _microseconds(median),
+                "change": change,
+            }
+        )
+    return rows
+
+
+def _microseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e6
+
+
+def _more(titles: tuple[str, ...]) -> str:
+    return f" and {len(titles) - 3} more" if len(titles) > 3 else ""

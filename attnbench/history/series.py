@@ -1,0 +1,347 @@
+"""From the table of rows to series: one point and metric over runs, commits or stacks.
+
+A table has the columns of `store/record.py`. Everything here reads; nothing is stored.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from attnbench.store.record import SERIES_KEY, Status, short_hash
+
+#: Replicates numbered from here on re-measure a flagged point in fresh processes.
+FIRST_CONFIRMATION = 100
+
+#: From harmless to grave. The status of a point in a run is the gravest of its rows, so that one
+#: wrong output among many right ones is never hidden.
+_GRAVITY = (
+    Status.OK,
+    Status.NOISY,
+    Status.UNTIMED,
+    Status.THROTTLED,
+    Status.UNSUPPORTED,
+    Status.ERROR,
+    Status.TIMEOUT,
+    Status.OOM,
+    Status.CRASH,
+    Status.INCORRECT,
+)
+
+#: Columns that say what a series measured: equal in all of its rows.
+IDENTITY = (
+    "backend",
+    "variant",
+    "workload",
+    "workload_id",
+    "batch_spec",
+    "shape",
+    "tensor_parallel_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "dtype",
+    "kv_cache_dtype",
+    "block_size",
+    "phase",
+    "num_reqs",
+    "num_tokens",
+    "bytes_moved",
+    "flops",
+    "device_name",
+)
+
+_PER_ROW = (
+    "run_id",
+    "replicate",
+    "status",
+    "reasons",
+    "suite",
+    "stop_reason",
+    "discarded",
+    "started_at",
+    "commit",
+    "commit_time",
+    "stack_id",
+    "driver_version",
+    "max_abs_error",
+)
+
+
+#: What this room reads of a table; `verdict.NEEDED_COLUMNS` adds what it needs of the runs.
+SERIES_COLUMNS = tuple(dict.fromkeys((*SERIES_KEY, *IDENTITY, *_PER_ROW, "samples")))
+
+
+class SeriesKey(NamedTuple):
+    """The columns of `record.SERIES_KEY`, in its order."""
+
+    point_id: str
+    metric: str
+    timer: str
+    l2_state: str
+    execution: str
+    device_class: str
+    protocol_version: int
+
+    @property
+    def id(self) -> str:
+        """16 hex digits, the name of the series in links."""
+        return short_hash("series", *(str(part) for part in self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunValue:
+    """One run of a series.
+
+    `replicates` and `confirmations` are the medians, in seconds, of the samples of each process;
+    the latter of the processes that re-measured the point because it was flagged. `noise` is the
+    interquartile range of the samples over their median (median over the replicates).
+    """
+
+    run_id: str
+    started_at: datetime
+    status: Status
+    statuses: tuple[Status, ...] = ()
+    replicates: tuple[float, ...] = ()
+    confirmations: tuple[float, ...] = ()
+    reasons: tuple[str, ...] = ()
+    suites: tuple[str, ...] = ()
+    commit: str = ""
+    commit_time: datetime | None = None
+    stack_id: str = ""
+    driver_version: str = ""
+    num_samples: int = 0
+    noise: float | None = None
+    discarded: int = 0
+    stop_reasons: tuple[str, ...] = ()
+    max_abs_error: float | None = None
+
+    @property
+    def is_timed(self) -> bool:
+        return bool(self.replicates) and self.status.is_timed
+
+    @property
+    def median_s(self) -> float | None:
+        """Seconds: the median over the replicates, None where nothing was timed."""
+        return statistics.median(self.replicates) if self.replicates else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """A series at one commit or one stack: the values of all runs there, oldest first."""
+
+    label: str
+    started_at: datetime
+    values: tuple[RunValue, ...]
+
+    @property
+    def median_s(self) -> float | None:
+        medians = [v.median_s for v in self.values if v.is_timed and v.median_s is not None]
+        return statistics.median(medians) if medians else None
+
+
+class Axis(StrEnum):
+    """What history is drawn over."""
+
+    COMMIT = "commit"
+    STACK = "stack"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One point and metric over runs; `values` are in order of the runs' start."""
+
+    key: SeriesKey
+    identity: Mapping[str, Any]
+    values: tuple[RunValue, ...]
+
+    @property
+    def id(self) -> str:
+        return self.key.id
+
+    @property
+    def title(self) -> str:
+        """`BACKEND[variant] workload`, for people."""
+        backend = self.identity["backend"]
+        variant = self.identity["variant"]
+        name = f"{backend}[{variant}]" if variant else str(backend)
+        return f"{name} {self.identity['workload']}"
+
+    @property
+    def newest(self) -> RunValue:
+        return self.values[-1]
+
+    def at(self, run_id: str) -> RunValue | None:
+        """The value of one run, None if the run did not plan this point."""
+        return next((v for v in self.values if v.run_id == run_id), None)
+
+    def before(self, value: RunValue) -> tuple[RunValue, ...]:
+        """The values of earlier runs, oldest first."""
+        mark = (value.started_at, value.run_id)
+        return tuple(v for v in self.values if (v.started_at, v.run_id) < mark)
+
+    def levels(self, axis: Axis) -> tuple[Level, ...]:
+        """The series over commits (in order of commit time) or stacks (of first appearance)."""
+        grouped: dict[str, list[RunValue]] = defaultdict(list)
+        for value in self.values:
+            grouped[value.commit if axis is Axis.COMMIT else value.stack_id].append(value)
+        levels = [
+            Level(label=label, started_at=values[0].started_at, values=tuple(values))
+            for label, values in grouped.items()
+        ]
+        if axis is Axis.COMMIT:
+            # A commit without a time stands where it was first measured.
+            levels.sort(key=lambda level: level.values[0].commit_time or level.started_at)
+        return tuple(levels)
+
+
+def series_of(table: pa.Table, metrics: Sequence[str] | None = None) -> list[Series]:
+    """All series of `table`, sorted by title and key.
+
+    A row that carries no samples may not know its timer (a refused point was never timed). It
+    joins the series of its exact key if there is one, else every timed series of its point, metric
+    and device: so a series shows that it stopped being supported.
+    """
+    if metrics is not None:
+        table = table.filter(pc.is_in(table["metric"], pa.array(list(metrics), pa.string())))
+    if table.num_rows == 0:
+        return []
+    keys = [SeriesKey(*row) for row in zip(*_lists(table, SERIES_KEY), strict=True)]
+    columns = dict(zip(_PER_ROW, _lists(table, _PER_ROW), strict=True))
+    statuses = [Status(text) for text in columns["status"]]
+    medians, noise, counts = sample_statistics(table["samples"])
+
+    members: dict[SeriesKey, list[int]] = defaultdict(list)
+    of_point: dict[tuple[str, str, str], set[SeriesKey]] = defaultdict(set)
+    for row, key in enumerate(keys):
+        if statuses[row].is_timed:
+            members[key].append(row)
+            of_point[key.point_id, key.metric, key.device_class].add(key)
+    for row, key in enumerate(keys):
+        if not statuses[row].is_timed:
+            timed = of_point.get((key.point_id, key.metric, key.device_class), set())
+            for target in [key] if key in timed or not timed else timed:
+                members[target].append(row)
+
+    first_rows = [rows[0] for rows in members.values()]
+    identities = table.select(IDENTITY).take(pa.array(first_rows, pa.int64())).to_pylist()
+    result = []
+    for (key, rows), identity in zip(members.items(), identities, strict=True):
+        by_run: dict[str, list[int]] = defaultdict(list)
+        for row in rows:
+            by_run[columns["run_id"][row]].append(row)
+        values = [
+            _run_value(run_rows, columns, statuses, medians, noise, counts)
+            for run_rows in by_run.values()
+        ]
+        values.sort(key=lambda v: (v.started_at, v.run_id))
+        result.append(Series(key=key, identity=identity, values=tuple(values)))
+    _align_starts(result, _run_starts(columns))
+    result.sort(key=lambda s: (s.title, s.key))
+    return result
+
+
+def sample_statistics(
+    samples: pa.ChunkedArray,
+) -> tuple[list[float | None], list[float | None], list[int]]:
+    """Per row: median in seconds, interquartile range over the median, number of samples."""
+    column = samples.combine_chunks() if isinstance(samples, pa.ChunkedArray) else samples
+    counts = np.asarray(pc.fill_null(pc.list_value_length(column), 0), dtype=np.int64)
+    flat = np.asarray(pc.list_flatten(column), dtype=np.float64)
+    starts = np.concatenate(([0], np.cumsum(counts)))[:-1]
+    medians: list[float | None] = [None] * len(counts)
+    noise: list[float | None] = [None] * len(counts)
+    # Rows of one length make a rectangle: one call per length instead of one per row.
+    for count in np.unique(counts[counts > 0]):
+        rows = np.flatnonzero(counts == count)
+        block = flat[starts[rows][:, None] + np.arange(count)]
+        low, middle, high = np.percentile(block, (25, 50, 75), axis=1)
+        for row, q1, q2, q3 in zip(rows, low, middle, high, strict=True):
+            medians[row] = float(q2)
+            noise[row] = float((q3 - q1) / q2) if q2 > 0 else None
+    return medians, noise, [int(count) for count in counts]
+
+
+def gravest(statuses: Iterable[Status]) -> Status:
+    """The status of a point whose rows have these statuses."""
+    return max(statuses, key=_GRAVITY.index)
+
+
+def _lists(table: pa.Table, names: Sequence[str]) -> list[list[Any]]:
+    return [table[name].to_pylist() for name in names]
+
+
+def _run_value(
+    rows: Sequence[int],
+    columns: Mapping[str, Sequence[Any]],
+    statuses: Sequence[Status],
+    medians: Sequence[float | None],
+    noise: Sequence[float | None],
+    counts: Sequence[int],
+) -> RunValue:
+    rows = sorted(rows, key=lambda row: columns["replicate"][row])
+    first: list[float] = []
+    again: list[float] = []
+    for row in rows:
+        median = medians[row]
+        if median is not None and statuses[row].is_timed:
+            is_confirmation = columns["replicate"][row] >= FIRST_CONFIRMATION
+            (again if is_confirmation else first).append(median)
+    spreads = [n for row in rows if (n := noise[row]) is not None]
+    errors = [e for row in rows if (e := columns["max_abs_error"][row]) is not None]
+    head = rows[0]
+    return RunValue(
+        run_id=columns["run_id"][head],
+        started_at=utc(min(columns["started_at"][row] for row in rows)),
+        status=gravest(statuses[row] for row in rows),
+        statuses=tuple(statuses[row] for row in rows),
+        replicates=tuple(first),
+        confirmations=tuple(again),
+        reasons=_unique(reason for row in rows for reason in columns["reasons"][row] or ()),
+        suites=_unique(columns["suite"][row] for row in rows),
+        commit=columns["commit"][head] or "",
+        commit_time=utc(columns["commit_time"][head]) if columns["commit_time"][head] else None,
+        stack_id=columns["stack_id"][head] or "",
+        driver_version=columns["driver_version"][head] or "",
+        num_samples=sum(counts[row] for row in rows),
+        noise=statistics.median(spreads) if spreads else None,
+        discarded=sum(columns["discarded"][row] or 0 for row in rows),
+        stop_reasons=_unique(columns["stop_reason"][row] for row in rows),
+        max_abs_error=max(errors) if errors else None,
+    )
+
+
+def _run_starts(columns: Mapping[str, Sequence[Any]]) -> dict[str, datetime]:
+    starts: dict[str, datetime] = {}
+    for run_id, at in zip(columns["run_id"], columns["started_at"], strict=True):
+        moment = utc(at)
+        if run_id not in starts or moment < starts[run_id]:
+            starts[run_id] = moment
+    return starts
+
+
+def _align_starts(series: list[Series], starts: Mapping[str, datetime]) -> None:
+    """Give every value the start of its run, so that all series order the runs alike."""
+    for i, one in enumerate(series):
+        values = [replace(v, started_at=starts[v.run_id]) for v in one.values]
+        values.sort(key=lambda v: (v.started_at, v.run_id))
+        series[i] = replace(one, values=tuple(values))
+
+
+def _unique(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(value for value in values if value))
+
+
+def utc(moment: datetime) -> datetime:
+    """`moment` in UTC; one without a zone is taken to be UTC already."""
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

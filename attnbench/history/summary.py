@@ -1,0 +1,347 @@
+"""The ten lines a tired person understands: what is wrong, how bad, since when, what to type."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attnbench.history.rule import Estimate, Reason, Verdict
+from attnbench.history.runs import RunSummary
+from attnbench.history.series import RunValue
+from attnbench.history.verdict import INCOMPLETE_STATUSES, Judgement, SeriesVerdict
+
+#: How many entries of one kind are listed before "and N more".
+_LISTED = 3
+
+_LABEL_WIDTH = 10
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryLine:
+    """One line: `label` may be empty (it continues the line above), `style` is a rich style."""
+
+    label: str
+    text: str
+    style: str = ""
+
+
+def summary_lines(
+    judgement: Judgement,
+    *,
+    pages: str = "",
+    duration_s: float | None = None,
+    commits_since: int | None = None,
+) -> list[SummaryLine]:
+    """The summary without its headline. `pages` is where the dashboard lies."""
+    lines = [
+        SummaryLine("verdict", _verdict_text(judgement), _STYLES[judgement.verdict]),
+        SummaryLine("measured", _measured_text(judgement.run, duration_s)),
+    ]
+    regressions = judgement.because(Reason.CONFIRMED, Reason.SLOWER_THAN_FLOOR)
+    lines += _listed("slower", regressions, _slower_lines, "red")
+    changes = [v for v in judgement.verdicts if v.is_support_change]
+    lines += _listed("changed", changes, _changed_lines, "yellow")
+    undecided = judgement.of(Verdict.UNDECIDED)
+    lines += _listed("undecided", undecided, _undecided_lines, "yellow")
+    lines += _listed("invalid", judgement.of(Verdict.INVALID), _invalid_lines, "yellow")
+    faster = judgement.because(Reason.FASTER_THAN_FLOOR)
+    lines += _listed("faster", faster, lambda v: [_ratio_text(v)], "green")
+    lines += _incomplete_lines(judgement)
+    if judgement.environment:
+        since = judgement.environment.before
+        lines.append(SummaryLine("stack", f"{judgement.environment.text}   (since run {since})"))
+    if new := len(judgement.because(Reason.NO_BASELINE)):
+        text = f"{new} of {len(judgement.verdicts)} points have no baseline yet"
+        lines.append(SummaryLine("new", f"{text}: this run is their first"))
+    if pages:
+        lines.append(SummaryLine("pages", pages))
+    return lines
+
+
+def headline(judgement: Judgement, commits_since: int | None = None) -> str:
+    """`attnbench nightly · date · device · commit (n commits since the last run)`."""
+    run = judgement.run
+    commit = short_commit(run.commit) or "commit unknown"
+    if commits_since is not None:
+        plural = "" if commits_since == 1 else "s"
+        commit += f" ({commits_since} commit{plural} since the last run)"
+    elif judgement.previous is None:
+        commit += " (first run)"
+    elif run.commit and judgement.previous.commit == run.commit:
+        commit += " (same commit as the last run)"
+    elif judgement.previous.commit:
+        commit += f" (last run: {short_commit(judgement.previous.commit)})"
+    return " · ".join(("attnbench nightly", f"{run.started_at:%Y-%m-%d}", run.device_class, commit))
+
+
+def summary_text(
+    judgement: Judgement,
+    *,
+    pages: str = "",
+    duration_s: float | None = None,
+    commits_since: int | None = None,
+    color: bool = False,
+) -> str:
+    """The summary as plain text, each line at most once; with `color`, ANSI colours in it."""
+    rows = [headline(judgement, commits_since)]
+    for line in summary_lines(judgement, pages=pages, duration_s=duration_s):
+        label = f"{line.label:<{_LABEL_WIDTH}}"
+        if color and line.label and line.style:
+            label = f"\x1b[{_ANSI[line.style]}m{label}\x1b[0m"
+        rows.append((label + one_line(line.text)).rstrip())
+    return "\n".join(rows)
+
+
+def summary_markdown(
+    judgement: Judgement,
+    *,
+    pages: str = "",
+    duration_s: float | None = None,
+    commits_since: int | None = None,
+) -> str:
+    """The summary for a CI page. Names and reasons cannot become markup."""
+    rows = [f"### {_md(headline(judgement, commits_since))}", "", "| | |", "|---|---|"]
+    label = ""
+    for line in summary_lines(judgement, pages=pages, duration_s=duration_s):
+        name = line.label if line.label != label else ""
+        label = line.label or label
+        text = one_line(line.text)
+        if text.startswith("again: "):
+            cell = "again: " + _md_code(text.removeprefix("again: "))
+        else:
+            cell = _md(text)
+        rows.append(f"| {'**' + name + '**' if name else ''} | {cell} |")
+    return "\n".join(rows) + "\n"
+
+
+def repro_command(identity: Mapping[str, Any]) -> str:
+    """The command that measures one point again, ready to paste."""
+    words = []
+    options = {"shape": "", "dtype": str(identity["dtype"])}
+    for word in str(identity["workload"]).split():
+        key, equals, value = word.partition("=")
+        if equals and key in options:
+            options[key] = value
+        else:
+            words.append(word)
+    shape = options["shape"] or str(identity["shape"] or "")
+    backend = str(identity["backend"])
+    if identity["variant"]:
+        backend += f":{identity['variant']}"
+    command = ["attnbench", "run", " ".join(words)]
+    if shape:
+        command += ["--shape", shape]
+    command += ["--backend", backend, "--dtype", options["dtype"]]
+    return shlex.join(command)
+
+
+def percent(ratio: float) -> str:
+    """`+18.4 %` of 1.184; `x3.2` from twice as slow on, where a percentage reads badly."""
+    if ratio >= 2:
+        return f"x{ratio:.3g}"
+    return f"{(ratio - 1) * 100:+.1f} %"
+
+
+def interval_text(found: Estimate) -> str:
+    """`+18.4 % [+15.9, +21.0]`."""
+    if not found.enough:
+        return percent(found.ratio)
+    low, high = ((x - 1) * 100 for x in (found.low, found.high))
+    return f"{percent(found.ratio)} [{low:+.1f}, {min(high, 9999.9):+.1f}]"
+
+
+def duration_text(seconds: float) -> str:
+    """`6 min 12 s`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def short_commit(commit: str) -> str:
+    """Seven digits of a commit, keeping what says that the tree was not clean."""
+    name, plus, mark = commit.partition("+")
+    return name[:7] + plus + mark
+
+
+def level_text(value: RunValue) -> str:
+    """Where a level began: the commit if known, else the day."""
+    return short_commit(value.commit) or f"{value.started_at:%Y-%m-%d}"
+
+
+def one_line(text: str) -> str:
+    """`text` without anything that moves a cursor or breaks a line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split(" ")).strip()
+
+
+_STYLES = {
+    Verdict.REGRESSION: "red",
+    Verdict.UNDECIDED: "yellow",
+    Verdict.INVALID: "yellow",
+    Verdict.UNCHANGED: "green",
+    Verdict.IMPROVEMENT: "green",
+}
+_ANSI = {"red": "1;31", "yellow": "1;33", "green": "1;32"}
+
+
+def verdict_counts(judgement: Judgement) -> str:
+    """`1 confirmed, 2 undecided, 1 support change`."""
+    counts = [
+        (len(judgement.because(Reason.CONFIRMED)), "confirmed"),
+        (len(judgement.because(Reason.SLOWER_THAN_FLOOR)), "slower"),
+        (len(judgement.of(Verdict.UNDECIDED)), "undecided"),
+        (len(judgement.of(Verdict.INVALID)), "invalid"),
+        (len(judgement.because(Reason.STATUS_CHANGED)), "support change"),
+        (len(judgement.because(Reason.STATUS_RECOVERED)), "recovered"),
+        (len(judgement.because(Reason.FASTER_THAN_FLOOR)), "faster"),
+    ]
+    parts = []
+    for count, word in counts:
+        if count:
+            plural = "s" if word == "support change" and count > 1 else ""
+            parts.append(f"{count} {word}{plural}")
+    if not parts:
+        compared = sum(1 for v in judgement.verdicts if v.estimate)
+        parts = [f"{compared} points compared" if compared else "nothing to compare with yet"]
+    if judgement.incomplete:
+        parts.append("incomplete")
+    return ", ".join(parts)
+
+
+def _verdict_text(judgement: Judgement) -> str:
+    text = f"{judgement.verdict}: {verdict_counts(judgement)}"
+    return f"{text}     exit {int(judgement.exit_code)}"
+
+
+def _measured_text(run: RunSummary, duration_s: float | None) -> str:
+    counts = sorted(run.points.items(), key=lambda item: (-item[1], item[0]))
+    listed = ", ".join(f"{count} {status}" for status, count in counts)
+    took = duration_text(run.duration_s if duration_s is None else duration_s)
+    return f"{run.num_points} points: {listed}  {took}"
+
+
+def _listed(
+    label: str,
+    verdicts: Sequence[SeriesVerdict],
+    lines_of: Callable[[SeriesVerdict], list[str]],
+    style: str,
+) -> list[SummaryLine]:
+    lines: list[SummaryLine] = []
+    for verdict in verdicts[:_LISTED]:
+        first, *rest = lines_of(verdict)
+        lines.append(SummaryLine(label if not lines else "", first, style))
+        lines += [SummaryLine("", text) for text in rest]
+    if (more := len(verdicts) - _LISTED) > 0:
+        lines.append(SummaryLine("", f"and {more} more: attnbench history"))
+    return lines
+
+
+def point_text(verdict: SeriesVerdict) -> str:
+    """`CPU_ATTN decode 16q1s4k llama-3-8b fp32`: the parts a person looks for first."""
+    identity = verdict.series.identity
+    backend = str(identity["backend"])
+    if identity["variant"]:
+        backend += f"[{identity['variant']}]"
+    shape = identity["shape"] or f"{identity['num_heads']}/{identity['num_kv_heads']} heads"
+    known = {
+        str(identity["batch_spec"]),
+        f"shape={identity['shape']}",
+        f"dtype={identity['dtype']}",
+    }
+    rest = [w for w in str(identity["workload"]).split() if w not in known]
+    metric = verdict.series.key.metric
+    words = [backend, identity["phase"], identity["batch_spec"], shape, identity["dtype"], *rest]
+    if metric != "attention":
+        words.append(metric)
+    return " ".join(str(word) for word in words)
+
+
+def _ratio_text(verdict: SeriesVerdict) -> str:
+    assert verdict.estimate is not None
+    since = f"   since {level_text(verdict.since)}" if verdict.since else ""
+    return f"{point_text(verdict)}   {interval_text(verdict.estimate)}{since}"
+
+
+def _slower_lines(verdict: SeriesVerdict) -> list[str]:
+    return [_ratio_text(verdict), f"again: {repro_command(verdict.series.identity)}"]
+
+
+def _changed_lines(verdict: SeriesVerdict) -> list[str]:
+    status, subject = verdict.subject.status, verdict.subject
+    detail = ""
+    if verdict.reasons[0] is Reason.STATUS_CHANGED:
+        reasons = list(subject.reasons)
+        if not reasons and subject.max_abs_error is not None:
+            reasons = [f"max error {subject.max_abs_error:.3g}"]
+        if reasons:
+            more = f"; and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+            detail = f" ({_shorten(reasons[0])}{more})"
+    since = ""
+    if verdict.since and verdict.since.run_id != subject.run_id:
+        since = f"   since {level_text(verdict.since)}"
+    return [f"{point_text(verdict)}: {verdict.status_before} -> {status}{detail}{since}"]
+
+
+_UNDECIDED_ADVICE = {
+    Reason.INTERVAL_TOO_WIDE: "too noisy to tell; run again on a quiet machine",
+    Reason.TOO_FEW_REPLICATES: "too few replicates; run again with --replicates 3",
+    Reason.NOT_CONFIRMED: "looked slower, fresh processes did not show it; the next run decides",
+    Reason.NOT_CONFIRMED_YET: "looks slower, not measured again yet; run attnbench nightly",
+}
+
+
+def undecided_advice(verdict: SeriesVerdict) -> str:
+    """Why a verdict is undecided and what to do about it."""
+    if verdict.reasons[0] is Reason.STATUS_UNSTABLE:
+        statuses = ", ".join(dict.fromkeys(verdict.subject.statuses))
+        return f"{statuses} in one run; {verdict.note}"
+    return _UNDECIDED_ADVICE[verdict.reasons[0]]
+
+
+def _undecided_lines(verdict: SeriesVerdict) -> list[str]:
+    found = f"   {interval_text(verdict.estimate)}" if verdict.estimate else ""
+    return [f"{point_text(verdict)}{found}   {undecided_advice(verdict)}"]
+
+
+def _invalid_lines(verdict: SeriesVerdict) -> list[str]:
+    return [f"{point_text(verdict)}: {verdict.note}"]
+
+
+def _incomplete_lines(judgement: Judgement) -> list[SummaryLine]:
+    lines: list[SummaryLine] = []
+    failed = [v for v in judgement.verdicts if v.subject.status in INCOMPLETE_STATUSES]
+    for verdict in failed[:_LISTED]:
+        reasons = verdict.subject.reasons
+        why = f": {_shorten(reasons[0])}" if reasons else ""
+        label = "failed" if not lines else ""
+        text = f"{point_text(verdict)} {verdict.subject.status}{why}"
+        lines.append(SummaryLine(label, text, "yellow"))
+    if (more := len(failed) - _LISTED) > 0:
+        lines.append(SummaryLine("", f"and {more} more: attnbench history"))
+    if count := len(judgement.missing):
+        text = f"{count} planned points have no row; go on: attnbench nightly --resume last"
+        lines.append(SummaryLine("missing", text, "yellow"))
+    if judgement.dropped:
+        listed = "; ".join(judgement.dropped[:_LISTED])
+        more = len(judgement.dropped) - _LISTED
+        tail = f"; and {more} more" if more > 0 else ""
+        text = f"{len(judgement.dropped)} points of the last run were not planned: {listed}{tail}"
+        lines.append(SummaryLine("dropped", text))
+    return lines
+
+
+def _shorten(text: str, limit: int = 100) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _md(text: str) -> str:
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join("\\" + c if c in "\\|`*_[]~#" else c for c in escaped)
+
+
+def _md_code(text: str) -> str:
+    return "`" + text.replace("`", "'").replace("|", "\\|") + "`"

@@ -1,0 +1,169 @@
+"""The arithmetic, against hand-computed numbers, scipy, and simulated noise."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from attnbench.history.rule import (
+    TIMER_NOISE,
+    Estimate,
+    Reason,
+    Verdict,
+    VerdictSettings,
+    decide,
+    estimate,
+    estimate_groups,
+)
+
+WALL = TIMER_NOISE["wall"]
+EVENT = TIMER_NOISE["event"]
+
+
+def test_three_equal_runs_leave_only_the_assumed_spread() -> None:
+    # By hand: s^2 = 4 * 0.08^2 / 6, t(0.995, 6) = 3.70743, half = t * s * sqrt(1 + pi / 6).
+    half = 3.70743 * math.sqrt(4 * 0.08**2 / 6) * math.sqrt(1 + math.pi / 6)
+    found = estimate([[1.0], [1.0], [1.0]], [1.2], WALL)
+    assert found.ratio == pytest.approx(1.2)
+    assert found.low == pytest.approx(1.2 * math.exp(-half), rel=1e-5)
+    assert found.high == pytest.approx(1.2 * math.exp(half), rel=1e-5)
+    assert (found.low, found.high) == pytest.approx((0.890, 1.618), abs=1e-3)
+
+
+def test_own_spread_of_the_runs_counts() -> None:
+    # Log medians 0, 0.02, 0.04, 0.06, 0.08: median 0.04, MAD 0.02 -> 1.4826 * 0.02 = 0.029652.
+    baseline = [[math.exp(0.02 * i)] * 3 for i in range(5)]
+    s = math.sqrt((4 * 0.01**2 + 4 * 0.029652**2) / 8)
+    half = 3.35539 * s * math.sqrt(1 + math.pi / 10)  # t(0.995, 8)
+    found = estimate(baseline, [math.exp(0.04)], EVENT)
+    assert found.ratio == pytest.approx(1.0)
+    assert found.high == pytest.approx(math.exp(half), rel=1e-5)
+
+
+def test_a_step_inside_the_window_neither_moves_nor_widens_it() -> None:
+    before = [[1.0 + 0.01 * (i % 2)] for i in range(10)]
+    after = [*before[:7], [1.4], [1.4], [1.4]]
+    quiet, stepped = (estimate(runs, [1.4], WALL) for runs in (before, after))
+    assert stepped.ratio == pytest.approx(quiet.ratio, rel=0.01)
+    assert stepped.low == pytest.approx(quiet.low, rel=0.02)
+
+
+def test_few_runs_use_welch_widened_by_the_floor() -> None:
+    from scipy import stats
+
+    a = [1.00, 1.03, 0.97, 1.01]
+    b = [1.30, 1.36, 1.33]
+    found = estimate([a[:2], a[2:]], b, WALL)
+    interval = stats.ttest_ind(np.log(b), np.log(a), equal_var=False).confidence_interval(0.99)
+    half = (interval.high - interval.low) / 2 + math.log(1.1)
+    assert found.ratio == pytest.approx(1.33 / math.sqrt(1.00 * 1.01))
+    assert found.high / found.ratio == pytest.approx(math.exp(half))
+
+
+def test_too_few_replicates_give_no_interval() -> None:
+    found = estimate([[1.0]], [2.0], WALL)
+    assert not found.enough
+    assert decide(found, WALL) == (Verdict.UNDECIDED, Reason.TOO_FEW_REPLICATES)
+    assert estimate([[1.0]], [2.0], TIMER_NOISE["fake"]).enough
+
+
+def test_groups_of_three_runs_use_their_medians() -> None:
+    from scipy import stats
+
+    a = [[1.0, 1.1, 0.9], [1.05], [0.98, 1.0]]
+    b = [[1.2], [1.25], [1.22]]
+    medians = [math.log(x) for x in (1.0, 1.05, 0.99)], [math.log(x) for x in (1.2, 1.25, 1.22)]
+    interval = stats.ttest_ind(medians[1], medians[0], equal_var=False).confidence_interval(0.99)
+    found = estimate_groups(a, b, WALL)
+    half = (interval.high - interval.low) / 2
+    assert math.log(found.high / found.low) / 2 == pytest.approx(half)
+    assert found.ratio == pytest.approx(1.22)
+
+
+def test_swapping_sides_inverts_the_ratio() -> None:
+    a, b = [[1.0, 1.02, 0.99]], [[1.4, 1.38, 1.41]]
+    there, back = estimate_groups(a, b, WALL), estimate_groups(b, a, WALL)
+    assert there.ratio * back.ratio == pytest.approx(1)
+    assert there.low * back.high == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("low", "ratio", "high", "verdict", "reason"),
+    [
+        (1.05, 1.20, 1.40, Verdict.REGRESSION, Reason.SLOWER_THAN_FLOOR),
+        (0.70, 0.80, 0.95, Verdict.IMPROVEMENT, Reason.FASTER_THAN_FLOOR),
+        (1.01, 1.05, 1.09, Verdict.UNCHANGED, Reason.WITHIN_FLOOR),
+        (0.90, 1.05, 1.20, Verdict.UNCHANGED, Reason.WITHIN_FLOOR),
+        (0.90, 1.15, 1.45, Verdict.UNCHANGED, Reason.WITHIN_NOISE),
+        (0.60, 0.85, 1.15, Verdict.UNCHANGED, Reason.WITHIN_NOISE),
+        (0.80, 1.15, 1.55, Verdict.UNDECIDED, Reason.INTERVAL_TOO_WIDE),
+        (0.50, 1.05, 1.95, Verdict.UNCHANGED, Reason.WITHIN_FLOOR),
+        (0.40, 1.05, 2.05, Verdict.UNDECIDED, Reason.INTERVAL_TOO_WIDE),
+    ],
+)
+def test_decide(low: float, ratio: float, high: float, verdict: Verdict, reason: Reason) -> None:
+    assert decide(Estimate(ratio, low, high), WALL) == (verdict, reason)
+
+
+def test_floor_can_be_set_and_unknown_timers_get_the_widest() -> None:
+    settings = VerdictSettings(floors={"event": 0.05})
+    assert settings.noise("event").floor == 0.05
+    assert settings.noise("graph").floor == 0.02
+    assert settings.noise("sundial") == WALL
+
+
+def flagged_and_confirmed(
+    timer: str, baseline_runs: int, run_spread: float, step: float, trials: int
+) -> tuple[float, float]:
+    """Shares of trials the first look calls slower, and that a second look confirms.
+
+    Replicates spread by 5 % (wall) or 0.5 %; the second look shares the run's own deviation.
+    """
+    noise = TIMER_NOISE[timer]
+    replicate_spread = 0.05 if timer == "wall" else 0.005
+    rng = np.random.default_rng(20261121)
+    flagged = confirmed = 0
+    for _ in range(trials):
+        levels = rng.normal(0, run_spread, baseline_runs + 1)
+        levels[-1] += math.log1p(step)
+        times = np.exp(levels[:, None] + rng.normal(0, replicate_spread, (len(levels), 3)))
+        again = np.exp(levels[-1] + rng.normal(0, replicate_spread, 3))
+        baseline = times[:-1].tolist()
+        if decide(estimate(baseline, times[-1].tolist(), noise), noise)[0] is Verdict.REGRESSION:
+            flagged += 1
+            second = decide(estimate(baseline, again.tolist(), noise), noise)
+            confirmed += second[0] is Verdict.REGRESSION
+    return flagged / trials, confirmed / trials
+
+
+@pytest.mark.parametrize(
+    ("timer", "baseline_runs", "run_spread"),
+    [
+        ("wall", 1, 0.03),
+        ("wall", 3, 0.08),
+        ("wall", 10, 0.08),
+        ("event", 3, 0.01),
+        ("event", 10, 0.01),
+        ("event", 10, 0.003),
+    ],
+)
+def test_false_alarms_stay_below_one_percent(
+    timer: str, baseline_runs: int, run_spread: float
+) -> None:
+    """A/A: nothing changed. docs/verdict.md states this bound."""
+    flagged, confirmed = flagged_and_confirmed(timer, baseline_runs, run_spread, 0.0, 1500)
+    assert flagged <= 0.02
+    assert confirmed <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("timer", "baseline_runs", "run_spread", "power"),
+    [("wall", 10, 0.03, 0.8), ("event", 3, 0.01, 0.99), ("event", 10, 0.003, 0.99)],
+)
+def test_power_at_a_step_of_thirty_percent(
+    timer: str, baseline_runs: int, run_spread: float, power: float
+) -> None:
+    _, confirmed = flagged_and_confirmed(timer, baseline_runs, run_spread, 0.3, 400)
+    assert confirmed >= power

@@ -1,0 +1,163 @@
+"""The summary, word for word."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from attnbench.history.rule import Estimate
+from attnbench.history.summary import (
+    duration_text,
+    interval_text,
+    percent,
+    repro_command,
+    short_commit,
+    summary_markdown,
+    summary_text,
+)
+from attnbench.history.verdict import judge
+from tests.history.fake import DEVICE, history, row, table_of, timed
+
+GOLDEN = """\
+attnbench nightly · 2026-11-20 · cpu-xeon-2c · 0bc0ffe (3 commits since the last run)
+verdict   REGRESSION: 1 confirmed, 1 support change     exit 1
+measured  21 points: 19 OK, 1 INCORRECT, 1 UNSUPPORTED  6 min 12 s
+slower    CPU_ATTN decode 16q1s4k llama-3-8b fp32   +27.8 % [+9.1, +49.7]   since 0ac0ffe
+          again: attnbench run 16q1s4k --shape llama-3-8b --backend CPU_ATTN --dtype fp32
+changed   FLEX_ATTENTION decode 4q1s4k phi-3-mini fp32: OK -> INCORRECT (max error 0.31)
+pages     dashboards/site/index.html"""
+
+
+def text_of(rows: list[object], **options: object) -> str:
+    return summary_text(judge(table_of(rows)), **options)  # type: ignore[arg-type]
+
+
+def test_golden_summary() -> None:
+    judgement = judge(table_of(history()))
+    facts = {"pages": "dashboards/site/index.html", "duration_s": 372.2, "commits_since": 3}
+    text = summary_text(judgement, **facts)  # type: ignore[arg-type]
+    assert text == GOLDEN
+    assert len(text.splitlines()) <= 10
+
+
+def test_colours_only_when_asked() -> None:
+    judgement = judge(table_of(history()))
+    colored = summary_text(judgement, color=True)
+    assert "\x1b[1;31mverdict   \x1b[0m" in colored
+    assert "\x1b" not in summary_text(judgement)
+
+
+def test_first_run_says_that_there_is_no_baseline() -> None:
+    text = text_of([*timed([1e-3])])
+    assert "(first run)" in text
+    assert "verdict   UNCHANGED: nothing to compare with yet     exit 0" in text
+    assert "new       1 of 1 points have no baseline yet: this run is their first" in text
+
+
+def test_undecided_says_what_to_do() -> None:
+    noisy = text_of([*timed([1e-3, 1.5e-3, 0.7e-3, 1.3e-3, 0.8e-3, 1.6e-3])])
+    assert "undecided CPU_ATTN decode 4q1s4k llama-3-8b fp32" in noisy
+    assert "too noisy to tell; run again on a quiet machine" in noisy
+    assert "exit 3" in noisy
+    few = text_of([*timed([1e-3, 1e-3], replicates=1)])
+    assert "run again with --replicates 3" in few
+
+
+def test_failures_missing_and_invalid_have_their_reasons() -> None:
+    rows = [
+        row(0),
+        row(0, backend="TORCH_SDPA", timer="event"),
+        row(1, status="CRASH", reasons=("worker killed by SIGKILL (out of memory?)",)),
+        row(1, backend="TORCH_SDPA", timer="graph"),
+    ]
+    text = summary_text(judge(table_of(rows), planned=["0123456789abcdef"]))
+    assert "failed    CPU_ATTN decode 4q1s4k llama-3-8b fp32 CRASH: worker killed by SIG" in text
+    assert "missing   1 planned points have no row; go on: attnbench nightly --resume last" in text
+    assert (
+        "invalid   TORCH_SDPA decode 4q1s4k llama-3-8b fp32: timer was event and is graph" in text
+    )
+    assert "incomplete" in text
+
+
+def test_long_lists_are_cut() -> None:
+    words = [f"{n}q1s1k dtype=fp32" for n in range(2, 17)]
+    rows = [r for w in words for r in timed([1e-3] * 6 + [2e-3], workload=w)]
+    rows += [row(6, 100 + r, workload=w, seconds=2e-3) for w in words for r in range(3)]
+    text = text_of([*rows])
+    assert "and 12 more: attnbench history" in text
+    assert text.count("again: ") == 3
+
+
+def test_a_changed_stack_is_named() -> None:
+    text = text_of([*timed([1e-3] * 8)])
+    assert "stack     + gxx 12.2.0, torch 2.12.0 -> 2.13.0, triton 3.6.0 -> 3.7.1" in text
+
+
+def test_names_cannot_move_the_cursor_or_make_markup() -> None:
+    reason = "evil \x1b[2J\nverdict OK | `x` <img src=x> [a](http://b) *b*"
+    rows = [row(0), row(1, status="UNSUPPORTED", reasons=(reason,))]
+    text = text_of([*rows])
+    assert "\x1b" not in text
+    assert sum(line.startswith("verdict") for line in text.splitlines()) == 1
+    markdown = summary_markdown(judge(table_of(rows)))
+    assert "<img" not in markdown
+    assert r"\| \`x\` &lt;img src=x&gt; \[a\](http://b) \*b\*" in markdown
+
+
+def test_markdown_has_the_same_lines() -> None:
+    judgement = judge(table_of(history()))
+    markdown = summary_markdown(judgement, pages="site/index.html")
+    assert markdown.startswith(f"### attnbench nightly · 2026-11-20 · {DEVICE} · ")
+    assert "`attnbench run 16q1s4k --shape llama-3-8b --backend CPU_ATTN --dtype fp32`" in markdown
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(GOLDEN.splitlines()) - 1
+
+
+@pytest.mark.parametrize(
+    ("workload", "variant", "expected"),
+    [
+        (
+            "8q1s4k dtype=fp32 shape=phi-3-mini softcap=30 block=32",
+            "",
+            "attnbench run '8q1s4k block=32 softcap=30' --shape phi-3-mini --backend CPU_ATTN",
+        ),
+        ("8q1s4k", "fa3", "attnbench run 8q1s4k --shape llama-3-8b --backend CPU_ATTN:fa3"),
+    ],
+)
+def test_repro_command(workload: str, variant: str, expected: str) -> None:
+    measured = row(workload=workload, variant=variant)
+    identity = {name: getattr(measured, name) for name in measured.__dataclass_fields__}
+    assert repro_command(identity).startswith(expected)
+
+
+def test_repro_command_measures_the_same_point() -> None:
+    from attnbench.workload import Workload
+
+    for text in (
+        "8q1s4k",
+        "2q1k_4q1s8k block=32 dtype=fp16 shape=llama-3-70b tp=4",
+        "4q1s4k heads=8/2 head_size=64 dtype=fp32 window=128",
+    ):
+        measured = row(workload=text)
+        identity = {name: getattr(measured, name) for name in measured.__dataclass_fields__}
+        words = shlex.split(repro_command(identity))
+        parts = words[2].split()
+        options = dict(zip(words[3::2], words[4::2], strict=True))
+        parts += [f"{k.removeprefix('--')}={v}" for k, v in options.items() if k != "--backend"]
+        assert Workload.parse(" ".join(parts)).id == Workload.parse(text).id
+
+
+def test_small_texts() -> None:
+    assert percent(1.184) == "+18.4 %"
+    assert percent(0.9) == "-10.0 %"
+    assert percent(3.214) == "x3.21"
+    assert interval_text(Estimate(1.184, 1.159, 1.21)) == "+18.4 % [+15.9, +21.0]"
+    assert interval_text(Estimate(1.5, 1.5, 1.5, enough=False)) == "+50.0 %"
+    assert [duration_text(s) for s in (3.21, 59, 372, 7260)] == [
+        "3.2 s",
+        "59 s",
+        "6 min 12 s",
+        "2 h 1 min",
+    ]
+    assert short_commit("0123456789+dirty") == "0123456+dirty"
