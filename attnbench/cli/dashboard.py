@@ -1,0 +1,44 @@
+"""`attnbench dashboard`: write the static pages from what is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnbench.cli.output import Format, FormatOption, emit
+
+
+def dashboard(
+    results: Annotated[Path | None, typer.Option(help="Results folder. Default: settings.")] = None,
+    site: Annotated[
+        Path | None, typer.Option(help="Folder for the pages. Default: settings.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Which pages are shown. Default: default.toml in the dashboards folder."),
+    ] = None,
+    run: Annotated[str, typer.Option(help="Run the overview judges. Default: the newest.")] = "",
+    format: FormatOption = Format.TABLE,
+) -> None:
+    """Write the pages; they open from disk, with no server. Prints where index.html is."""
+    from attnbench.dashboard import load_pages, read_matrix, render
+    from attnbench.history import judge, runs_of
+    from attnbench.settings import load_settings
+    from attnbench.store import ResultsFolder
+
+    settings = load_settings()
+    folder = results if results is not None else settings.results
+    table = ResultsFolder(folder).table()
+    runs = runs_of(table)
+    judgement = judge(table, run or None)
+    index = render(
+        table,
+        runs,
+        judgement,
+        site if site is not None else settings.site,
+        matrix=read_matrix(Path(folder) / "matrix.json"),
+        pages=load_pages(config, settings.dashboards),
+    )
+    emit([{"page": str(index), "runs": len(runs), "rows": table.num_rows}], format)

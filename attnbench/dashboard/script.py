@@ -1,0 +1,40 @@
+"""Data files: JSON assigned to one global by a script tag, for pages opened from disk.
+
+Browsers refuse fetch, XHR and module imports under `file://`; a script tag is all that is left.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import datetime
+from typing import Any
+
+#: The one global of the pages.
+GLOBAL = "attnbenchData"
+
+
+def to_json(value: Any) -> str:
+    """JSON that is safe inside a script: ASCII, without `<`, `>` and `&`; NaN becomes null."""
+    text = json.dumps(_plain(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def data_script(name: str, value: Any) -> str:
+    """The text of the data file `name`: it assigns `value` to `attnbenchData[name]`."""
+    return f"(window.{GLOBAL}=window.{GLOBAL}||{{}})[{to_json(name)}]={to_json(value)};\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        # Seven digits are far beyond what any timer knows, and halve the files.
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="seconds")
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
