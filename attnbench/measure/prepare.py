@@ -1,0 +1,217 @@
+"""Everything a timed call needs, made before the clock starts: inputs, cache, metadata, output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from attnbench.backends.abstract import AttentionBackend
+from attnbench.backends.batch import AttentionBatch
+from attnbench.backends.check import poison_
+from attnbench.backends.kv_cache import allocate_kv_cache, fill_context
+from attnbench.backends.registry import get_backend_class
+from attnbench.measure.plan import PlannedPoint
+from attnbench.store.record import Metric
+from attnbench.workload import AttentionType
+
+
+class PreparedPoint(Protocol):
+    """One point, ready: each method is one call of the engine's step for one layer."""
+
+    def build_metadata(self) -> None: ...
+    def attend(self) -> None: ...
+    def poison(self) -> None:
+        """Fill the output with values no kernel writes."""
+        ...
+
+    def output(self) -> torch.Tensor:
+        """(num_tokens, num_heads, v_head_size), to compare with the reference."""
+        ...
+
+    def timed_calls(self) -> Mapping[Metric, Callable[[], object]]:
+        """What to time besides `attention`, by metric."""
+        ...
+
+
+def prepare(planned: PlannedPoint, batch: AttentionBatch) -> PreparedPoint:
+    """Allocate and fill what `planned` needs. New tokens are in the cache when this returns."""
+    backend = get_backend_class(planned.backend)
+    if planned.workload.shape.is_mla:
+        return _PreparedMLA(planned, batch, backend)
+    return _PreparedAttention(planned, batch, backend)
+
+
+class _Prepared:
+    """What ordinary and latent attention share: builder, impl, cache, metadata."""
+
+    def __init__(
+        self, planned: PlannedPoint, batch: AttentionBatch, backend: type[AttentionBackend]
+    ) -> None:
+        workload = planned.workload
+        self.workload = workload
+        self.batch = batch
+        self.device = batch.query.device
+        self.builder = backend.get_builder_cls()(
+            batch.spec, ["layers.0.attn"], self.device, planned.variant
+        )
+        make_impl: Callable[..., Any] = backend.get_impl_cls()
+        self.impl = make_impl(
+            workload.shape,
+            workload.kv_cache_dtype,
+            workload.attn_type,
+            batch.alibi_slopes,
+            batch.sinks,
+            planned.variant,
+        )
+        self.impl.process_weights_after_loading(batch.query.dtype)
+        self.has_cache = workload.attn_type in (
+            AttentionType.DECODER,
+            AttentionType.ENCODER_DECODER,
+        )
+        self.writes_cache = self.has_cache and not backend.forward_includes_kv_cache_update
+        if self.has_cache:
+            self.kv_cache = allocate_kv_cache(backend, batch.spec, batch.num_blocks, self.device)
+            fill_context(batch, self.kv_cache, backend)
+        else:
+            self.kv_cache = torch.empty(0, device=self.device)
+        self.common_prefix_len = self._cascade_prefix_len()
+        self.metadata: Any = None
+        self.build_metadata()
+
+    def _cascade_prefix_len(self) -> int:
+        prefix = self.workload.common_prefix_len
+        wanted = prefix > 0 and self.builder.use_cascade_attention(
+            prefix,
+            [r.query_len for r in self.batch.requests],
+            self.workload.shape.num_heads,
+            self.workload.shape.num_kv_heads,
+            self.workload.shape.use_alibi,
+            self.workload.shape.sliding_window > 0,
+            False,
+            torch.cuda.get_device_properties(0).multi_processor_count
+            if self.device.type == "cuda"
+            else torch.get_num_threads(),
+            1,
+        )
+        return prefix if wanted else 0
+
+    def build_metadata(self) -> None:
+        self.metadata = self.builder.build(self.common_prefix_len, self.batch.metadata)
+
+
+class _PreparedAttention(_Prepared):
+    def __init__(
+        self, planned: PlannedPoint, batch: AttentionBatch, backend: type[AttentionBackend]
+    ) -> None:
+        super().__init__(planned, batch, backend)
+        shape = planned.workload.shape
+        self.out = torch.empty(
+            (batch.query.shape[0], shape.num_heads, shape.v_head_size),
+            dtype=batch.query.dtype,
+            device=self.device,
+        )
+        if self.writes_cache:
+            self.write_kv_cache()
+
+    def write_kv_cache(self) -> None:
+        self.impl.do_kv_cache_update(
+            self.batch.layer,
+            self.batch.key,
+            self.batch.value,
+            self.kv_cache,
+            self.batch.metadata.slot_mapping,
+        )
+
+    def attend(self) -> None:
+        self.impl.forward(
+            self.batch.layer,
+            self.batch.query,
+            self.batch.key,
+            self.batch.value,
+            self.kv_cache,
+            self.metadata,
+            self.out,
+        )
+
+    def poison(self) -> None:
+        poison_(self.out)
+
+    def output(self) -> torch.Tensor:
+        return self.out
+
+    def timed_calls(self) -> Mapping[Metric, Callable[[], object]]:
+        calls: dict[Metric, Callable[[], object]] = {Metric.METADATA_BUILD: self.build_metadata}
+        if self.writes_cache:
+            calls[Metric.KV_CACHE_WRITE] = self.write_kv_cache
+        parts = self.impl.parts(self.batch.layer, self.batch.query, self.kv_cache, self.metadata)
+        return calls | {Metric(name): call for name, call in parts.items()}
+
+
+class _PreparedMLA(_Prepared):
+    """Decode tokens (first in the batch) in the absorbed form, the rest expanded, as in vLLM.
+
+    The query's projection by `W_UK` and the output's by `W_UV` belong to the layer, not to the
+    kernel: they are done here, outside `attend`.
+    """
+
+    def __init__(
+        self, planned: PlannedPoint, batch: AttentionBatch, backend: type[AttentionBackend]
+    ) -> None:
+        super().__init__(planned, batch, backend)
+        shape = planned.workload.shape
+        new = partial(torch.empty, dtype=batch.query.dtype, device=self.device)
+        self.num_decode_tokens: int = self.metadata.num_decode_tokens
+        decode_query = batch.query[: self.num_decode_tokens]
+        nope = decode_query[..., : shape.qk_nope_head_dim]
+        rope = decode_query[..., shape.qk_nope_head_dim :]
+        absorbed = torch.einsum("thn,hnl->thl", nope, batch.layer.W_UK)
+        self.decode_query = torch.cat([absorbed, rope], dim=-1)
+        self.latent_out = new((self.num_decode_tokens, shape.num_heads, shape.kv_lora_rank))
+        num_prefill_tokens = batch.query.shape[0] - self.num_decode_tokens
+        self.prefill_out = new((num_prefill_tokens, shape.num_heads, shape.v_head_size))
+        self.write_kv_cache()
+
+    def write_kv_cache(self) -> None:
+        self.impl.do_kv_cache_update(
+            self.batch.layer,
+            self.batch.kv_c_normed,
+            self.batch.k_pe,
+            self.kv_cache,
+            self.batch.metadata.slot_mapping,
+        )
+
+    def attend(self) -> None:
+        if self.num_decode_tokens:
+            self.impl.forward_mqa(
+                self.batch.layer, self.decode_query, self.kv_cache, self.metadata, self.latent_out
+            )
+        if self.prefill_out.shape[0]:
+            assert self.batch.kv_c_normed is not None
+            assert self.batch.k_pe is not None
+            rest = slice(self.num_decode_tokens, None)
+            self.impl.forward_mha(
+                self.batch.layer,
+                self.batch.query[rest],
+                self.batch.kv_c_normed[rest],
+                self.batch.k_pe[rest],
+                self.kv_cache,
+                self.metadata,
+                self.prefill_out,
+            )
+
+    def poison(self) -> None:
+        poison_(self.latent_out)
+        poison_(self.prefill_out)
+
+    def output(self) -> torch.Tensor:
+        decoded = torch.einsum("thl,hlv->thv", self.latent_out, self.batch.layer.W_UV)
+        return torch.cat([decoded, self.prefill_out])
+
+    def timed_calls(self) -> Mapping[Metric, Callable[[], object]]:
+        return {
+            Metric.METADATA_BUILD: self.build_metadata,
+            Metric.KV_CACHE_WRITE: self.write_kv_cache,
+        }

@@ -1,0 +1,51 @@
+"""Inputs and reference outputs, computed once per workload and shared by every backend."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from attnbench.backends.abstract import AttentionBackend
+from attnbench.backends.batch import AttentionBatch, make_batch
+from attnbench.backends.device import Device
+from attnbench.backends.reference import ReferenceResult, reference_attention
+from attnbench.measure.plan import PlannedPoint
+
+
+class TruthCache:
+    """The latest batch in memory; reference outputs also on disk, for the next replicates.
+
+    Inputs depend on the workload alone (its text seeds them), and on the order of requests a
+    backend asks for, so every process computes the same ones.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._key = ""
+        self._latest: tuple[AttentionBatch, ReferenceResult] | None = None
+
+    def get(
+        self, planned: PlannedPoint, backend: type[AttentionBackend], device: Device
+    ) -> tuple[AttentionBatch, ReferenceResult]:
+        """The batch on `device`, requests in the order `backend` asks for, and its truth."""
+        threshold = backend.get_builder_cls().reorder_batch_threshold
+        key = f"{planned.workload.id}-{threshold}-{device.torch_device}"
+        if self._latest is None or key != self._key:
+            self._latest = None  # free the last one before making the next
+            batch = make_batch(planned.workload, device.torch_device, threshold)
+            self._latest = (batch, self._reference(key, batch))
+            self._key = key
+        return self._latest
+
+    def _reference(self, key: str, batch: AttentionBatch) -> ReferenceResult:
+        path = self._folder / f"{key}.pt" if self._folder else None
+        if path is not None and path.exists():
+            return ReferenceResult(**torch.load(path, weights_only=True))
+        result = reference_attention(batch)
+        if path is not None:
+            partial = path.with_suffix(".tmp")
+            torch.save({f.name: getattr(result, f.name) for f in fields(result)}, partial)
+            partial.replace(path)
+        return result

@@ -1,0 +1,108 @@
+"""A package of misbehaving backends, installed the way a vendor's would be: by entry points."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from attnbench.backends import registry
+
+MODULE = '''
+"""Backends that fail in one way each, on top of one that works."""
+import os
+import time
+
+import torch
+
+from attnbench.backends.cpu_attn import CPUAttentionBackend, CPUAttentionImpl
+
+
+def backend(name, forward):
+    impl = type(name + "Impl", (CPUAttentionImpl,), {"forward": forward, "calls": 0})
+    return type(
+        name,
+        (CPUAttentionBackend,),
+        {
+            "get_name": staticmethod(lambda: name),
+            "get_impl_cls": staticmethod(lambda: impl),
+            "__module__": __name__,
+        },
+    )
+
+
+def right(self, *args, **kwargs):
+    return CPUAttentionImpl.forward(self, *args, **kwargs)
+
+
+def wrong(self, *args, **kwargs):
+    return right(self, *args, **kwargs).add_(0.5)
+
+
+def later_wrong(self, *args, **kwargs):
+    type(self).calls += 1
+    output = right(self, *args, **kwargs)
+    return output.add_(0.5) if type(self).calls > 3 else output
+
+
+def silent(self, layer, query, key, value, kv_cache, attn_metadata, output, *rest):
+    return output
+
+
+def raising(self, *args, **kwargs):
+    raise RuntimeError("no kernel image is available\\nsecond line")
+
+
+def hungry(self, *args, **kwargs):
+    return torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def aborting(self, *args, **kwargs):
+    os.abort()
+
+
+def hanging(self, *args, **kwargs):
+    time.sleep(600)
+
+
+Right = backend("RIGHT", right)
+Wrong = backend("WRONG", wrong)
+LaterWrong = backend("LATER_WRONG", later_wrong)
+Silent = backend("SILENT", silent)
+Raising = backend("RAISING", raising)
+Hungry = backend("HUNGRY", hungry)
+Aborting = backend("ABORTING", aborting)
+Hanging = backend("HANGING", hanging)
+'''
+
+NAMES = {
+    "RIGHT": "Right",
+    "WRONG": "Wrong",
+    "LATER_WRONG": "LaterWrong",
+    "SILENT": "Silent",
+    "RAISING": "Raising",
+    "HUNGRY": "Hungry",
+    "ABORTING": "Aborting",
+    "HANGING": "Hanging",
+}
+
+
+@pytest.fixture
+def misbehaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Registers the backends in `NAMES`, in this process and in every process it starts."""
+    site = tmp_path / "site"
+    info = site / "misbehaving-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "misbehaving_backends.py").write_text(MODULE, encoding="utf-8")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: misbehaving\nVersion: 1.0\n")
+    lines = "\n".join(f"{name} = misbehaving_backends:{cls}" for name, cls in NAMES.items())
+    (info / "entry_points.txt").write_text(f"[attnbench.backends]\n{lines}\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    registry.reload_entry_points()
+    yield
+    sys.modules.pop("misbehaving_backends", None)
+    monkeypatch.undo()
+    registry.reload_entry_points()

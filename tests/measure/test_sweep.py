@@ -1,0 +1,96 @@
+"""A sweep survives what its points do, and a resumed one goes on where the last stopped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attnbench.backends.device import Device
+from attnbench.measure import MeasureOptions, PlannedPoint, run_sweep
+from attnbench.measure.header import new_header, read_header
+from attnbench.store import ResultsFolder
+from attnbench.workload import Workload
+
+CPU = Device("cpu")
+SMALL = Workload.parse("3q1s40 heads=4/2 head_size=32 dtype=fp32")
+OTHER = Workload.parse("2q1s40 heads=4/2 head_size=32 dtype=fp32")
+
+
+def statuses(folder: ResultsFolder) -> dict[tuple[str, int], str]:
+    table = folder.table(columns=["backend", "replicate", "metric", "status"])
+    return {
+        (row["backend"], row["replicate"]): row["status"]
+        for row in table.to_pylist()
+        if row["metric"] == "attention"
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("misbehaving")
+def test_a_crash_and_a_hang_cost_one_point_each(tmp_path: Path) -> None:
+    plan = [
+        PlannedPoint(SMALL, "RIGHT"),
+        PlannedPoint(SMALL, "ABORTING"),
+        PlannedPoint(SMALL, "HANGING"),
+        PlannedPoint(OTHER, "RIGHT"),
+    ]
+    options = MeasureOptions(timer="wall", budget_s=0.01, timeout_s=6.0)
+    folder = ResultsFolder(tmp_path / "results")
+    with folder.open_run(new_header(plan, options)) as run:
+        outcome = run_sweep(plan, run, options, CPU)
+        run.seal()
+    assert outcome.counts["CRASH"] == outcome.counts["TIMEOUT"] == 1
+    assert outcome.counts["OK"] + outcome.counts["NOISY"] == 2
+    table = folder.table(columns=["backend", "status", "reasons", "metric"])
+    reasons = {row["backend"]: row["reasons"][0] for row in table.to_pylist() if row["reasons"]}
+    assert "SIGABRT" in reasons["ABORTING"]
+    assert "6 s" in reasons["HANGING"]
+
+
+def test_replicates_are_rows_of_their_own_and_a_resume_adds_only_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    options = MeasureOptions(timer="fake", replicates=2)
+    plan = [PlannedPoint(SMALL, "CPU_ATTN"), PlannedPoint(SMALL, "TORCH_SDPA")]
+    header = new_header(plan, options)
+    assert read_header(header) == (plan, options)
+    folder = ResultsFolder(tmp_path / "results")
+    with folder.open_run(header) as run:
+        run_sweep(plan[:1], run, MeasureOptions(timer="fake"), CPU)
+        run.seal()
+    assert set(statuses(folder)) == {("CPU_ATTN", 0)}
+    before = folder.table().num_rows
+
+    stored = folder.header("last")
+    assert stored.run_id == header.run_id
+    again, stored_options = read_header(stored)
+    with folder.open_run(stored, resume=True) as run:
+        outcome = run_sweep(again, run, stored_options, CPU)
+        run.seal()
+    assert outcome.skipped == 1
+    assert outcome.measured == 3
+    assert set(statuses(folder)) == {
+        (name, r) for name in ("CPU_ATTN", "TORCH_SDPA") for r in (0, 1)
+    }
+    assert folder.table().num_rows > before
+    keys = folder.table(columns=["point_id", "metric", "replicate"]).to_pylist()
+    assert len({tuple(row.values()) for row in keys}) == len(keys)
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments_lose_and_double_nothing(tmp_path: Path) -> None:
+    driver = Path(__file__).parent / "kill_driver.py"
+    done = subprocess.run(
+        [sys.executable, str(driver), str(tmp_path / "results"), "50", "7"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = dict(word.split("=") for word in done.stdout.split())
+    assert found["kills"] == "50"
+    assert int(found["midway"]) >= 10  # the others fell before the first point or after the last

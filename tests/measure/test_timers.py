@@ -1,0 +1,74 @@
+"""Timers: the fake is exact, the wall clock counts calls and takes the collector out of the way."""
+
+from __future__ import annotations
+
+import gc
+import time
+
+import pytest
+
+from attnbench.errors import UsageError
+from attnbench.measure.options import MeasureOptions, parse_slowdown
+from attnbench.measure.stopping import StoppingRule, StopReason
+from attnbench.measure.timers import FakeTimer, Subject, WallTimer, make_timer
+from attnbench.workload import Workload
+from attnbench.workload.cost import attention_bytes, attention_flops
+
+RULE = StoppingRule(target_rel_ci=0.05, budget_s=0.2, min_samples=5, max_samples=20)
+SUBJECT = Subject(Workload.parse("8q1s4k"), "CPU_ATTN", "attention", 0)
+
+
+def test_fake_times_are_the_formula_and_run_the_call_once() -> None:
+    calls: list[int] = []
+    timing = FakeTimer().time(lambda: calls.append(1), RULE, SUBJECT)
+    workload = SUBJECT.workload
+    exact = attention_bytes(workload) / 100e9 + attention_flops(workload) / 1e12 + 1e-6
+    assert calls == [1]
+    assert sorted(timing.samples)[2] == exact
+    assert timing.stop_reason is StopReason.CONVERGED
+    assert not timing.is_noisy
+
+
+def test_fake_slowdown_multiplies_one_backend() -> None:
+    slow = FakeTimer((parse_slowdown("CPU_ATTN=1.5"),))
+    other = Subject(SUBJECT.workload, "TORCH_SDPA", "attention", 0)
+    assert slow.seconds(SUBJECT) == pytest.approx(1.5 * FakeTimer().seconds(SUBJECT), rel=1e-12)
+    assert slow.seconds(other) == FakeTimer().seconds(other)
+
+
+@pytest.mark.parametrize("text", ["CPU_ATTN", "CPU_ATTN=", "CPU_ATTN=fast", "CPU_ATTN=-1"])
+def test_a_wrong_slowdown_says_how_to_write_one(text: str) -> None:
+    with pytest.raises(UsageError, match=r"CPU_ATTN=1\.2"):
+        parse_slowdown(text)
+
+
+def test_wall_time_is_at_least_the_call_and_the_first_call_is_no_sample() -> None:
+    calls: list[bool] = []
+
+    def call() -> None:
+        calls.append(gc.isenabled())
+        time.sleep(0.002)
+
+    timing = WallTimer().time(call, RULE, SUBJECT)
+    assert len(calls) == len(timing.samples) + 1
+    assert all(sample >= 0.002 for sample in timing.samples)
+    assert not any(calls[1:])  # no collection inside a sample
+    assert gc.isenabled()
+
+
+def test_the_collector_comes_back_after_a_failing_call() -> None:
+    def fail() -> None:
+        if not gc.isenabled():
+            raise RuntimeError("kernel failed")
+
+    with pytest.raises(RuntimeError):
+        WallTimer().time(fail, RULE, SUBJECT)
+    assert gc.isenabled()
+
+
+def test_floor_is_small_and_named_timers_are_made() -> None:
+    assert 0 <= WallTimer().floor_s() < 1e-3
+    assert make_timer(MeasureOptions(timer="fake")).name == "fake"
+    assert make_timer(MeasureOptions()).name == "wall"
+    with pytest.raises(UsageError, match="wall, fake"):
+        MeasureOptions(timer="cupti")
