@@ -63,6 +63,7 @@ def cuda_device(major: int, minor: int) -> Device:
     """The CUDA device of compute capability `major.minor`."""
     if not (5 <= major <= 20 and 0 <= minor <= 9):
         raise DeviceError(
-            f"compute capability {major}.{minor} is not one NVIDIA ships; write e.g. --device sm90"
+            f"sm{major}{minor}: compute capability {major}.{minor} is not one NVIDIA ships; "
+            "write e.g. --device sm90"
         )
     return Device("cuda", f"sm{major}{minor}", DeviceCapability(major, minor))
