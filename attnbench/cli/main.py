@@ -1,0 +1,94 @@
+"""`attnbench`: one verb, one function. Heavy rooms are imported by the verb that needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from typing import Annotated
+
+import typer
+
+import attnbench
+from attnbench.cli import asv, dashboard, history, nightly, results, run, selection
+from attnbench.errors import AttnBenchError, ExitCode
+
+app = typer.Typer(
+    name="attnbench",
+    help="Which attention kernel do I run, how fast is it, and what will an upgrade do to it?",
+    epilog=(
+        "Exit codes: 0 no regression, 1 regression confirmed, 2 usage or data error, 3 undecided, "
+        "4 incomplete or infrastructure failure."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(attnbench.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    return None
+
+
+app.command()(nightly.nightly)
+app.command()(run.run)
+app.command()(selection.backends)
+app.command()(selection.explain)
+app.command()(selection.matrix)
+app.command()(history.compare)
+app.command()(history.history)
+app.command()(dashboard.dashboard)
+app.add_typer(results.results_app, name="results")
+app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)(asv.asv)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Errors raised on purpose are one line; a bug is a report file and exit 4."""
+    try:
+        app(args=arguments, standalone_mode=True)
+    except AttnBenchError as error:
+        print(f"attnbench: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("attnbench: stopped; what was measured is stored", file=sys.stderr)
+        sys.exit(ExitCode.INCOMPLETE)
+    except BrokenPipeError:
+        # The reader of stdout went away (`| head`): not our error, and nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(ExitCode.OK)
+    # A traceback must never become exit 1, which means "regression".
+    except Exception:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="attnbench-report-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as report:
+            report.write(f"attnbench {attnbench.__version__}\n{sys.argv}\n\n")
+            report.write(traceback.format_exc())
+        cause = traceback.format_exc().strip().splitlines()[-1]
+        print(
+            f"attnbench: unexpected {cause}; this is a bug, the report is {report.name}",
+            file=sys.stderr,
+        )
+        sys.exit(ExitCode.INCOMPLETE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""`attnbench run`: measure batch specs or a suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnbench.cli.output import Format, FormatOption, emit
+from attnbench.errors import ExitCode, SelectionError, UsageError
+
+if TYPE_CHECKING:
+    from attnbench.backends.device import Device
+    from attnbench.measure import PlannedPoint
+    from attnbench.settings import Settings
+    from attnbench.store.record import Measurement
+
+COLUMNS = (
+    *("workload", "backend", "variant", "metric", "replicate", "status"),
+    *("median_us", "samples", "tflop_s", "gb_s", "rel_error", "reasons"),
+)
+
+
+def run(
+    spec: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Batch spec and features: 8q1s4k window=1024; braces sweep: {1,8}q1s{1k..4k*2}"
+        ),
+    ] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="Measure this suite instead of a batch spec.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="Preset of the suites: smoke, nightly, full.")
+    ] = "smoke",
+    shape: Annotated[str, typer.Option(help="Named attention shape, e.g. llama-3-8b.")] = "",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="auto, fp32, fp16, bf16, fp8_e4m3 or fp8_e5m2.")
+    ] = "",
+    block_size: Annotated[int, typer.Option(help="Tokens in a KV-cache block; 0: default.")] = 0,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this backend, NAME or NAME:variant; repeat for several."),
+    ] = None,
+    timer: Annotated[str, typer.Option(help="wall, or fake for exact made-up times.")] = "wall",
+    replicates: Annotated[int, typer.Option(help="Fresh processes that measure each point.")] = 1,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds of samples per point. Default: settings.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Wall seconds per point before it is killed.")
+    ] = None,
+    fake_slowdown: Annotated[
+        list[str] | None,
+        typer.Option(help="BACKEND=FACTOR the fake timer multiplies with; for rehearsals."),
+    ] = None,
+    results: Annotated[Path | None, typer.Option(help="Results folder. Default: settings.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="Go on with this stopped run (its id, or `last`), as planned then.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option(help="Print the plan and stop.")] = False,
+    format: FormatOption = Format.TABLE,
+) -> None:
+    """Measure batch specs or suites on the backends of this machine, and store every sample."""
+    from attnbench.cli.sweeping import sweep
+    from attnbench.measure import MeasureOptions
+    from attnbench.measure.header import new_header, read_header
+    from attnbench.measure.options import parse_slowdown
+    from attnbench.selection import current_device
+    from attnbench.settings import load_settings
+    from attnbench.store import ResultsFolder
+
+    settings = load_settings()
+    options = MeasureOptions(
+        timer=timer,
+        replicates=replicates,
+        budget_s=budget or settings.budget_s,
+        target_rel_ci=settings.target_rel_ci,
+        timeout_s=timeout or settings.timeout_s,
+        fake_slowdown=tuple(parse_slowdown(text) for text in fake_slowdown or ()),
+    )
+    folder = ResultsFolder(results or settings.results)
+    device = current_device()
+    if resume:
+        if spec or suite or backend:
+            raise UsageError("--resume goes on with the plan of its run; leave the rest out")
+        header = folder.header(resume)
+        plan, options = read_header(header)
+    else:
+        features = {
+            "shape": shape,
+            "dtype": dtype,
+            "kv": kv_cache_dtype,
+            "block": str(block_size) if block_size else "",
+        }
+        plan = _plan(settings, device, spec or [], suite or [], preset, backend or [], features)
+        header = new_header(plan, options)
+    if dry_run:
+        emit([point.to_json() for point in plan], format)
+        return
+    _, rows = sweep(folder, header, plan, options, device, resume=bool(resume), label="measuring")
+    emit([summary_row(row) for row in rows], format, COLUMNS)
+    _require_an_answer(rows)
+    raise typer.Exit(_exit_code(rows))
+
+
+def _plan(
+    settings: Settings,
+    device: Device,
+    spec: list[str],
+    suites: list[str],
+    preset: str,
+    backends: list[str],
+    features: dict[str, str],
+) -> list[PlannedPoint]:
+    from attnbench.cli.sweeping import requested_backends
+    from attnbench.measure import make_plan, plan_workloads
+    from attnbench.workload.suite import expand_workloads, load_suites
+
+    if bool(spec) == bool(suites):
+        raise UsageError("give a batch spec or --suite, e.g. attnbench run 8q1s4k")
+    backends = backends or requested_backends(settings)
+    if suites:
+        known = load_suites(settings.suites)
+        for name in suites:
+            if name not in known:
+                raise UsageError(f"--suite {name!r}: there is {', '.join(sorted(known)) or 'none'}")
+        plan = make_plan([known[name] for name in suites], preset, backends, device)
+    else:
+        words = [*spec, *(f"{key}={value}" for key, value in features.items() if value)]
+        plan = plan_workloads(expand_workloads([" ".join(words)]), backends, device)
+    if not plan:
+        raise UsageError(
+            f"nothing to measure: no backend of {device} takes this kind of workload; "
+            "`attnbench backends` lists them"
+        )
+    return plan
+
+
+def summary_row(row: Measurement) -> dict[str, Any]:
+    """One line of `run`'s table; rates are derived here, never stored."""
+    from statistics import median
+
+    seconds = median(row.samples) if row.samples else None
+    return {
+        "workload": row.workload,
+        "backend": row.backend,
+        "variant": row.variant,
+        "metric": row.metric,
+        "replicate": row.replicate,
+        "status": row.status,
+        "median_us": round(seconds * 1e6, 2) if seconds else None,
+        "samples": len(row.samples),
+        "tflop_s": round(row.flops / seconds / 1e12, 4) if seconds and row.flops else None,
+        "gb_s": round(row.bytes_moved / seconds / 1e9, 3) if seconds and row.bytes_moved else None,
+        "rel_error": row.rel_error,
+        "reasons": list(row.reasons),
+    }
+
+
+def _exit_code(rows: list[Measurement]) -> ExitCode:
+    """4 when a point that should have run did not; a refusal is an answer, not a failure."""
+    failed = {"INCORRECT", "OOM", "TIMEOUT", "CRASH", "THROTTLED", "ERROR"}
+    return ExitCode.INCOMPLETE if any(r.status in failed for r in rows) else ExitCode.OK
+
+
+def _require_an_answer(rows: list[Measurement]) -> None:
+    """Nothing was measured because everything was refused: say so, though it is stored too.
+
+    Raises SelectionError with the first refusal's reasons.
+    """
+    if rows and all(row.status == "UNSUPPORTED" for row in rows):
+        first = rows[0]
+        raise SelectionError(
+            f"{first.backend} refuses {first.workload!r}: {'; '.join(first.reasons)}. "
+            f"See who accepts it: attnbench explain {first.workload}"
+        )
