@@ -1,0 +1,221 @@
+"""Every torch backend against the float64 reference, over a table of workloads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnbench.backends.abstract import AttentionBackend
+from attnbench.backends.cpu_attn import CPUAttentionBackend
+from attnbench.backends.device import Device, cuda_device
+from attnbench.backends.dtypes import movable
+from attnbench.backends.kv_cache import fill_context, write_new_tokens
+from attnbench.backends.paged_ops import quantize
+from attnbench.backends.torch_sdpa import TorchSDPABackend
+from attnbench.errors import SelectionError
+from attnbench.workload import Workload
+from tests.backends.running import Run, config_of, refusals
+
+BACKENDS = [TorchSDPABackend, CPUAttentionBackend]
+SMALL = "dtype=fp32 heads=4/2 head_size=64"
+
+WORKLOADS = {
+    "decode": f"3q1s70 {SMALL}",
+    "decode, first token": f"2q1 {SMALL}",
+    "decode, ragged": f"q1s5_q1s130_q1s64_2q1s33 {SMALL}",
+    "decode, one slot left": f"q1s63_q1s15_q1s16 {SMALL}",
+    "decode, window from a block's second slot": f"q1s80 {SMALL} window=15",
+    "decode, block 1": f"3q1s37 {SMALL} block=1",
+    "decode, block 33": f"3q1s70 {SMALL} block=33",
+    "decode, block 256": f"2q1s300 {SMALL} block=256",
+    "decode, HND": f"3q1s70 {SMALL} layout=HND",
+    "decode, MQA": "3q1s70 dtype=fp32 heads=4/1 head_size=64",
+    "decode, MHA": "3q1s70 dtype=fp32 heads=3/3 head_size=64",
+    "decode, head size 96": "2q1s50 dtype=fp32 heads=4/2 head_size=96",
+    "decode, head size 128": "2q1s50 dtype=fp32 heads=4/2 head_size=128",
+    "decode, narrow values": f"3q1s70 {SMALL} v_head_size=32",
+    "decode, wide values": f"3q1s70 {SMALL} v_head_size=80",
+    "decode, window": f"2q1s70_q1s9 {SMALL} window=20",
+    "decode, soft cap": f"3q1s70 {SMALL} softcap=20",
+    "decode, sinks": f"3q1s70 {SMALL} sinks=1",
+    "decode, ALiBi": f"3q1s70 {SMALL} alibi=1",
+    "decode, fp8": f"3q1s70 {SMALL} kv=fp8_e4m3",
+    "decode, fp8 e5m2 HND": f"3q1s70 {SMALL} kv=fp8_e5m2 layout=HND",
+    "decode, prefix": f"3q1s70 {SMALL} prefix=32",
+    "decode, bf16": "3q1s70 heads=4/2 head_size=64",
+    "decode, fp16": "3q1s70 heads=4/2 head_size=64 dtype=fp16",
+    "decode, everything": f"q1s70_q1s200 {SMALL} window=50 softcap=20 sinks=1 alibi=1 layout=HND",
+    "speculative": f"3q4s70 {SMALL}",
+    "speculative, at a block's end": f"q2s64 {SMALL}",
+    "speculative, window": f"3q4s70 {SMALL} window=9",
+    "prefill": f"2q40 {SMALL}",
+    "prefill, one": f"q150 {SMALL}",
+    "prefill, window": f"2q50 {SMALL} window=11",
+    "prefill, soft cap": f"2q40 {SMALL} softcap=20",
+    "prefill, sinks": f"2q40 {SMALL} sinks=1",
+    "prefill, ALiBi": f"2q40 {SMALL} alibi=1",
+    "prefill, narrow values": f"2q40 {SMALL} v_head_size=32",
+    "prefill, fp8": f"q40 {SMALL} kv=fp8_e4m3",
+    "prefill, bf16": "2q40 heads=4/2 head_size=64",
+    "extend": f"2q30s100 {SMALL}",
+    "extend, block 33 HND": f"2q30s100 {SMALL} block=33 layout=HND",
+    "extend, window": f"2q30s100 {SMALL} window=40",
+    "extend, everything": f"q30s100 {SMALL} window=40 softcap=20 sinks=1 alibi=1",
+    "mixed": f"q40_3q1s70_q20s60_q4s9 {SMALL}",
+    "mixed, geometric": f"3q1s90_2q20s60 {SMALL} lengths=geometric",
+    "encoder": f"2q40_q9 {SMALL} attn=encoder",
+    "encoder, short": f"3q5_q1 {SMALL} attn=encoder",
+    "encoder only, window": f"2q40 {SMALL} attn=encoder_only window=7",
+    "encoder only, ALiBi, sinks": f"2q40 {SMALL} attn=encoder_only alibi=1 sinks=1",
+    "cross": f"2q1s50_q30s70 {SMALL} attn=encoder_decoder",
+}
+REFUSED = {
+    "TORCH_SDPA": {
+        "sinks": "attention sinks not supported",
+        "softcap": "logits soft cap not supported",
+    },
+}
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.get_name())
+def test_right_or_refused(backend: type[AttentionBackend], name: str) -> None:
+    text = WORKLOADS[name]
+    expected = [r for word, r in REFUSED.get(backend.get_name(), {}).items() if f"{word}=" in text]
+    assert refusals(backend, text) == expected
+    if not expected:
+        result = Run(backend, text).check()
+        assert result.ok, result.reason
+
+
+def test_every_reason_is_given() -> None:
+    text = f"2q1s70 {SMALL} sinks=1 softcap=20"
+    assert refusals(TorchSDPABackend, text) == [
+        "attention sinks not supported",
+        "logits soft cap not supported",
+    ]
+    assert refusals(CPUAttentionBackend, text) == []
+    assert "MLA not supported" in refusals(CPUAttentionBackend, "2q1s70 shape=deepseek-v3")
+    gpu = cuda_device(9, 0)
+    assert CPUAttentionBackend.validate_configuration(config_of(Workload.parse(text)), gpu) == [
+        "device cuda not supported"
+    ]
+    alibi = config_of(Workload.parse("2q1s70 heads=4/2 head_size=64 alibi=1"))
+    assert TorchSDPABackend.validate_configuration(alibi, gpu) == [
+        "ALiBi needs fp32 on this device: the bias would be rounded"
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"3q1s200_q1s17 {SMALL}",
+        f"2q3s200_q3s40 {SMALL} window=70 alibi=1 sinks=1",
+        f"q90s200_q50 {SMALL}",
+        f"q90s200_q50 {SMALL} window=30 layout=HND",
+        f"q90s200 {SMALL} window=30 softcap=20 alibi=1 sinks=1",
+        f"q90 {SMALL} attn=encoder window=20",
+        f"q90s100 {SMALL} attn=encoder_decoder",
+    ],
+)
+def test_cpu_attn_in_small_tiles(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """The same result when requests are cut into many splits, chunks and row tiles."""
+    module = "attnbench.backends.cpu_attn"
+    monkeypatch.setattr("attnbench.backends.split_kv.SPLIT_TOKENS", 32)
+    monkeypatch.setattr(f"{module}._SPLIT_TILE_BYTES", 3 * 32 * 2 * 64 * 4)
+    monkeypatch.setattr(f"{module}._PREFILL_CHUNK_BYTES", 27 * 2 * 64 * 4)
+    monkeypatch.setattr(f"{module}._MASKED_TILE", 25)
+    result = Run(CPUAttentionBackend, text).check()
+    assert result.ok, result.reason
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.get_name())
+@pytest.mark.parametrize("window", [0, 6])
+def test_not_causal_over_the_cache(
+    monkeypatch: pytest.MonkeyPatch, backend: type[AttentionBackend], window: int
+) -> None:
+    """`causal=False` (drafting, multimodal spans): the formula, on the batch's dense K and V."""
+    monkeypatch.setattr("attnbench.backends.split_kv.SPLIT_TOKENS", 4)
+    monkeypatch.setattr("attnbench.backends.cpu_attn._SPLIT_TILE_BYTES", 1)
+    features = f"block=4 window={window}" if window else ""
+    run = Run(backend, f"q12s40_q8s20_q1s9 {SMALL} {features}")
+    batch = run.batch
+    run.metadata = run.builder.build(0, batch.metadata.replace(causal=False))
+    output = run.attend()
+    for i, request in enumerate(batch.requests):
+        start, end = batch.query_range(i)
+        key, value = (x.double().repeat_interleave(2, 1) for x in batch.keys_values(i))
+        logits = torch.einsum("qhd,khd->hqk", batch.query[start:end].double(), key) / 8
+        rows = torch.arange(request.seq_len - request.query_len, request.seq_len)
+        if window:
+            far = (rows[:, None] - torch.arange(request.seq_len)).abs() >= window
+            logits = logits.masked_fill(far, -torch.inf)
+        expected = torch.einsum("hqk,khd->qhd", logits.softmax(-1), value)
+        torch.testing.assert_close(output[start:end].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.get_name())
+@pytest.mark.parametrize("features", ["", "layout=HND", "kv=fp8_e4m3", "v_head_size=32"])
+def test_writes_its_slots_and_no_other(backend: type[AttentionBackend], features: str) -> None:
+    text = f"q5s40_q1s17 {SMALL} {features}"
+    run = Run(backend, text)
+    batch, wanted = run.batch, Run(backend, text).kv_cache
+    fill_context(batch, run.kv_cache, backend)
+    fill_context(batch, wanted, backend)
+    write_new_tokens(batch, wanted, backend)
+    skipped = batch.metadata.slot_mapping.clone()
+    skipped[1] = -1
+    run.impl.do_kv_cache_update(batch.layer, batch.key, batch.value, run.kv_cache, skipped)
+    same = (movable(run.kv_cache) == movable(wanted)) | (
+        run.kv_cache.float().isnan() & wanted.float().isnan()
+    )
+    # (2, num_blocks, block_size): only the token that was skipped differs, in K and in V.
+    different = (~same).any(-1).any(-1).nonzero().tolist()
+    block, offset = divmod(int(batch.metadata.slot_mapping[1]), 16)
+    assert different == [[0, block, offset], [1, block, offset]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.get_name())
+def test_page_gather_is_a_part(backend: type[AttentionBackend]) -> None:
+    run = Run(backend, f"q20s40_q1s17 {SMALL}")
+    args = (run.batch.layer, run.batch.query, run.kv_cache, run.metadata)
+    parts = run.impl.parts(*args)
+    assert list(parts) == ["page_gather"]
+    before = run.attend()
+    parts["page_gather"]()
+    assert torch.equal(run.attend(), before)
+    encoder = Run(backend, f"q20 {SMALL} attn=encoder")
+    assert (
+        encoder.impl.parts(encoder.batch.layer, encoder.batch.query, encoder.kv_cache, None) == {}
+    )
+
+
+def test_fp8_saturates() -> None:
+    assert quantize(torch.tensor([1e4, -1e4]), torch.float8_e4m3fn, 0.5).tolist() == [448.0, -448.0]
+
+
+# --- variants of TORCH_SDPA ----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("variant", "op"),
+    [("flash", "flash_attention_for_cpu"), ("math", "attention_math"), ("", "flash_attention")],
+)
+def test_a_variant_is_that_kernel(variant: str, op: str) -> None:
+    run = Run(TorchSDPABackend, f"2q30s40 {SMALL}", variant)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result = run.check()
+    assert result.ok, result.reason
+    assert any(op in event.key for event in profile.key_averages())
+
+
+@pytest.mark.filterwarnings("ignore:Flash attention")
+def test_a_variant_never_becomes_another_kernel() -> None:
+    """torch's flash kernel wants values as wide as keys; only the math kernel takes these."""
+    run = Run(TorchSDPABackend, f"2q30s40 {SMALL} v_head_size=32", "flash")
+    with pytest.raises(SelectionError, match=r"TORCH_SDPA:flash has no kernel .* torch chooses"):
+        run.attend()
+
+
+def test_variants_by_device() -> None:
+    assert TorchSDPABackend.get_variants(Device("cpu")) == ("", "flash", "math")
+    assert "cudnn" in TorchSDPABackend.get_variants(cuda_device(9, 0))
+    assert "cudnn" not in TorchSDPABackend.get_variants(Device("rocm", "gfx942"))
