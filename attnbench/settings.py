@@ -44,7 +44,7 @@ class Settings:
         default=3, metadata={"help": "fresh processes that measure every point of a nightly"}
     )
     budget_s: float = field(
-        default=0.3, metadata={"help": "seconds of samples per point before it ends as NOISY"}
+        default=0.5, metadata={"help": "seconds of samples per point before it ends as NOISY"}
     )
     target_rel_ci: float = field(
         default=0.02,
@@ -82,7 +82,7 @@ def load_settings(path: Path | None = None) -> Settings:
         table = tomllib.loads(found.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(
-            f"{found}: cannot be read ({error.strerror}); give a readable --config"
+            f"{found}: cannot be read ({error.strerror}); make it readable"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{found}: not valid TOML: {error}; mend that line") from error

@@ -39,6 +39,7 @@ def sweep_suite(suite: str, grid: Grid, folder: Path) -> Path:
     """
     check_installed_commit()
     from attnbench.measure import run_sweep
+    from attnbench.measure.environment import read_environment
     from attnbench.measure.header import new_header
     from attnbench.selection import resolve_device
     from attnbench.store import ResultsFolder
@@ -52,8 +53,9 @@ def sweep_suite(suite: str, grid: Grid, folder: Path) -> Path:
         )
     options = read_options(grid)
     results = ResultsFolder(Path(grid.results))
-    with results.open_run(new_header(plan, options)) as run:
-        outcome = run_sweep(plan, run, options, device)
+    environment = read_environment(device)
+    with results.open_run(new_header(plan, options, environment)) as run:
+        outcome = run_sweep(plan, run, options, device, environment)
         run.seal()
     columns = ["workload", "backend", "variant", "metric", "samples", "status", "reasons"]
     rows = results.table(columns, {"run_id": outcome.run_id}).to_pylist()

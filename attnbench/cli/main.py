@@ -6,16 +6,36 @@ import os
 import sys
 import tempfile
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 import attnbench
 from attnbench.cli import asv, dashboard, history, nightly, results, run, selection
 from attnbench.errors import AttnBenchError, ExitCode
 
+
+class _Stopped(BaseException):
+    """Carries what ended a verb past typer, which would turn all of it into exit 1."""
+
+    def __init__(self, cause: BaseException) -> None:
+        self.cause = cause
+
+
+class _Verbs(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # a reader that went away is found here, not at exit
+        except (KeyboardInterrupt, BrokenPipeError, EOFError) as error:
+            raise _Stopped(error) from error
+        return result
+
+
 app = typer.Typer(
     name="attnbench",
+    cls=_Verbs,
     help="Which attention kernel do I run, how fast is it, and what will an upgrade do to it?",
     epilog=(
         "Exit codes: 0 no regression, 1 regression confirmed, 2 usage or data error, 3 undecided, "
@@ -68,26 +88,35 @@ def main(arguments: list[str] | None = None) -> None:
     except AttnBenchError as error:
         print(f"attnbench: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("attnbench: stopped; what was measured is stored", file=sys.stderr)
-        sys.exit(ExitCode.INCOMPLETE)
-    except BrokenPipeError:
-        # The reader of stdout went away (`| head`): not our error, and nothing more can be said.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(ExitCode.OK)
-    # A traceback must never become exit 1, which means "regression".
-    except Exception:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="attnbench-report-", suffix=".txt", delete=False, encoding="utf-8"
-        ) as report:
-            report.write(f"attnbench {attnbench.__version__}\n{sys.argv}\n\n")
-            report.write(traceback.format_exc())
-        cause = traceback.format_exc().strip().splitlines()[-1]
+    except _Stopped as stopped:
+        if isinstance(stopped.cause, BrokenPipeError):
+            # The reader of stdout went away (`| head`): not our error, and nobody listens.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(ExitCode.OK)
         print(
-            f"attnbench: unexpected {cause}; this is a bug, the report is {report.name}",
+            "attnbench: stopped; what was measured is stored, --resume last goes on",
             file=sys.stderr,
         )
         sys.exit(ExitCode.INCOMPLETE)
+    # A traceback must never become exit 1, which means "regression".
+    except Exception:
+        _report_bug(traceback.format_exc())
+        sys.exit(ExitCode.INCOMPLETE)
+
+
+def _report_bug(trace: str) -> None:
+    text = f"attnbench {attnbench.__version__}\n{sys.argv}\n\n{trace}"
+    cause = trace.strip().splitlines()[-1]
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="attnbench-report-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as report:
+            report.write(text)
+        where = f"the report is {report.name}"
+    except OSError as error:
+        print(text, file=sys.stderr)
+        where = f"the report is above ({error.strerror} in {tempfile.gettempdir()})"
+    print(f"attnbench: unexpected {cause}; this is a bug, {where}", file=sys.stderr)
 
 
 if __name__ == "__main__":

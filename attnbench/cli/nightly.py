@@ -13,18 +13,17 @@ import typer
 
 from attnbench.cli.history import HISTORY_COLUMNS, verdict_row
 from attnbench.cli.output import Format, FormatOption, emit, note
-from attnbench.errors import UsageError
 
 if TYPE_CHECKING:
     from attnbench.history import Judgement
-    from attnbench.settings import Settings
-    from attnbench.workload import Suite
+    from attnbench.store import ResultsFolder
 
 #: A flagged point is measured again by at least so many fresh processes.
 MIN_CONFIRMATIONS = 3
 
 
 def nightly(
+    ctx: typer.Context,
     preset: Annotated[
         str, typer.Option(help="Preset of the suites: smoke, nightly, full. Default: settings.")
     ] = "",
@@ -56,13 +55,11 @@ def nightly(
     format: FormatOption = Format.TABLE,
 ) -> None:
     """Measure the suites, store, judge against earlier runs, confirm what looks slower, render."""
-    from attnbench.cli.sweeping import requested_backends, sweep
+    from attnbench.cli.sweeping import Sweep, choose_suites, measure_options, requested_backends
     from attnbench.dashboard import load_pages, render
-    from attnbench.history import judge, runs_of, summary_markdown, summary_text
+    from attnbench.history import NEEDED_COLUMNS, judge, runs_of, summary_markdown, summary_text
     from attnbench.history.series import FIRST_CONFIRMATION
-    from attnbench.measure import MeasureOptions, make_plan
-    from attnbench.measure.header import new_header, read_header
-    from attnbench.measure.options import parse_slowdown
+    from attnbench.measure import make_plan
     from attnbench.selection import current_device
     from attnbench.selection.matrix import matrix
     from attnbench.settings import load_settings
@@ -74,40 +71,31 @@ def nightly(
     if site is not None:
         settings = replace(settings, site=site)
     folder = ResultsFolder(settings.results)
-    device = current_device()
     if resume:
-        header = folder.header(resume)
-        plan, options = read_header(header)
+        sweep = Sweep.resumed(ctx, folder, resume)
     else:
-        options = MeasureOptions(
-            timer=timer,
-            replicates=replicates or settings.replicates,
-            budget_s=budget or settings.budget_s,
-            target_rel_ci=settings.target_rel_ci,
-            timeout_s=settings.timeout_s,
-            fake_slowdown=tuple(parse_slowdown(text) for text in fake_slowdown or ()),
-        )
+        options = measure_options(settings, timer, replicates, budget, None, fake_slowdown or [])
         backends = backend or requested_backends(settings)
-        suites = _suites(settings, suite or [])
+        device = current_device()
+        suites = choose_suites(settings, suite or [])
         plan = make_plan(suites, preset or settings.preset, backends, device)
-        header = new_header(plan, options)
-    outcome, _ = sweep(
-        folder, header, plan, options, device, resume=bool(resume), label="measuring"
-    )
-    duration_s = outcome.duration_s
-    planned = [point.point_id for point in plan]
-    judgement = judge(folder.table(), header.run_id, planned=planned)
-    if flagged := set(judgement.flagged_points()):
+        sweep = Sweep.planned(folder, plan, options, device)
+    duration_s = sweep.measure("measuring").duration_s
+    planned = [point.point_id for point in sweep.plan]
+    run_id = sweep.header.run_id
+    judgement = judge(folder.table(NEEDED_COLUMNS), run_id, planned=planned)
+    # A night that was stopped while it confirmed goes on with what it had begun to confirm.
+    flagged = set(judgement.flagged_points()) | _confirmed_points(folder, run_id)
+    if flagged:
         note(f"{len(flagged)} points look slower: measuring them again in fresh processes")
-        again = [point for point in plan if point.point_id in flagged]
+        again = [point for point in sweep.plan if point.point_id in flagged]
         confirm = replace(
-            options,
+            sweep.options,
             first_replicate=FIRST_CONFIRMATION,
-            replicates=max(MIN_CONFIRMATIONS, options.replicates),
+            replicates=max(MIN_CONFIRMATIONS, sweep.options.replicates),
         )
-        outcome, _ = sweep(folder, header, again, confirm, device, resume=True, label="confirming")
-        duration_s += outcome.duration_s
-        judgement = judge(folder.table(), header.run_id, planned=planned)
+        duration_s += sweep.again(again, confirm).measure("confirming").duration_s
+        judgement = judge(folder.table(NEEDED_COLUMNS), run_id, planned=planned)
 
     cells = [cell.row() for cell in matrix()]
     settings.matrix_file.write_text(json.dumps(cells, indent=1), encoding="utf-8")
@@ -130,16 +118,11 @@ def nightly(
     raise typer.Exit(judgement.exit_code)
 
 
-def _suites(settings: Settings, names: list[str]) -> list[Suite]:
-    from attnbench.workload.suite import load_suites
+def _confirmed_points(folder: ResultsFolder, run_id: str) -> set[str]:
+    from attnbench.history.series import FIRST_CONFIRMATION
 
-    known = load_suites(settings.suites)
-    for name in names:
-        if name not in known:
-            raise UsageError(f"--suite {name!r}: there is {', '.join(sorted(known)) or 'none'}")
-    if not known:
-        raise UsageError(f"no suites in {settings.suites}; write one, or run in a project that has")
-    return [known[name] for name in names or sorted(known)]
+    rows = folder.table(["point_id", "replicate"], where={"run_id": run_id}).to_pylist()
+    return {row["point_id"] for row in rows if row["replicate"] >= FIRST_CONFIRMATION}
 
 
 def _commits_since(judgement: Judgement) -> int | None:

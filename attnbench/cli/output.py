@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
@@ -36,7 +37,8 @@ def emit(rows: Iterable[Mapping[str, Any]], format: Format, columns: Sequence[st
     listed = list(rows)
     names = list(columns) or (list(listed[0]) if listed else [])
     if format is Format.JSON:
-        print(json.dumps([{n: row.get(n) for n in names} for row in listed], indent=2, default=str))
+        plain = [{n: _finite(row.get(n)) for n in names} for row in listed]
+        print(json.dumps(plain, indent=2, default=str, allow_nan=False))
     elif format is Format.CSV:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(names)
@@ -62,6 +64,17 @@ def _emit_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None
         table.add_row(*(escape(_cell(row.get(n))) for n in names))
     # A pipe has no width: let every column be as wide as it needs.
     Console(width=None if sys.stdout.isatty() else 400, soft_wrap=False).print(table)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    return value
 
 
 def _cell(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from attnbench.backends.device import Device
     from attnbench.measure import PlannedPoint
     from attnbench.settings import Settings
-    from attnbench.store.record import Measurement
 
 COLUMNS = (
     *("workload", "backend", "variant", "metric", "replicate", "status"),
@@ -22,7 +22,12 @@ COLUMNS = (
 )
 
 
+#: Options that are features of the workload -> their keys in its text.
+FEATURES = {"shape": "shape", "dtype": "dtype", "kv_cache_dtype": "kv", "block_size": "block"}
+
+
 def run(
+    ctx: typer.Context,
     spec: Annotated[
         list[str] | None,
         typer.Argument(
@@ -65,116 +70,94 @@ def run(
     format: FormatOption = Format.TABLE,
 ) -> None:
     """Measure batch specs or suites on the backends of this machine, and store every sample."""
-    from attnbench.cli.sweeping import sweep
-    from attnbench.measure import MeasureOptions
-    from attnbench.measure.header import new_header, read_header
-    from attnbench.measure.options import parse_slowdown
+    from attnbench.cli.sweeping import Sweep, measure_options
     from attnbench.selection import current_device
     from attnbench.settings import load_settings
     from attnbench.store import ResultsFolder
 
     settings = load_settings()
-    options = MeasureOptions(
-        timer=timer,
-        replicates=replicates,
-        budget_s=budget or settings.budget_s,
-        target_rel_ci=settings.target_rel_ci,
-        timeout_s=timeout or settings.timeout_s,
-        fake_slowdown=tuple(parse_slowdown(text) for text in fake_slowdown or ()),
-    )
+    options = measure_options(settings, timer, replicates, budget, timeout, fake_slowdown or [])
     folder = ResultsFolder(results or settings.results)
-    device = current_device()
     if resume:
-        if spec or suite or backend:
-            raise UsageError("--resume goes on with the plan of its run; leave the rest out")
-        header = folder.header(resume)
-        plan, options = read_header(header)
+        sweep = Sweep.resumed(ctx, folder, resume)
     else:
-        features = {
-            "shape": shape,
-            "dtype": dtype,
-            "kv": kv_cache_dtype,
-            "block": str(block_size) if block_size else "",
-        }
-        plan = _plan(settings, device, spec or [], suite or [], preset, backend or [], features)
-        header = new_header(plan, options)
-    if dry_run:
-        emit([point.to_json() for point in plan], format)
-        return
-    _, rows = sweep(folder, header, plan, options, device, resume=bool(resume), label="measuring")
+        device = current_device()
+        plan = _plan(ctx, settings, device, spec or [], suite or [], backend or [])
+        if dry_run:
+            emit([point.to_json() for point in plan], format)
+            return
+        sweep = Sweep.planned(folder, plan, options, device)
+    sweep.measure("measuring")
+    rows = folder.table(where={"run_id": sweep.header.run_id}).to_pylist()
+    rows.sort(key=lambda row: (row["workload"], row["backend"], row["metric"], row["replicate"]))
     emit([summary_row(row) for row in rows], format, COLUMNS)
     _require_an_answer(rows)
     raise typer.Exit(_exit_code(rows))
 
 
 def _plan(
+    ctx: typer.Context,
     settings: Settings,
     device: Device,
     spec: list[str],
     suites: list[str],
-    preset: str,
     backends: list[str],
-    features: dict[str, str],
 ) -> list[PlannedPoint]:
-    from attnbench.cli.sweeping import requested_backends
+    from attnbench.cli.sweeping import choose_suites, refuse_beside, requested_backends
     from attnbench.measure import make_plan, plan_workloads
-    from attnbench.workload.suite import expand_workloads, load_suites
+    from attnbench.workload.suite import expand_workloads
 
     if bool(spec) == bool(suites):
         raise UsageError("give a batch spec or --suite, e.g. attnbench run 8q1s4k")
     backends = backends or requested_backends(settings)
+    given = set(ctx.params)
     if suites:
-        known = load_suites(settings.suites)
-        for name in suites:
-            if name not in known:
-                raise UsageError(f"--suite {name!r}: there is {', '.join(sorted(known)) or 'none'}")
-        plan = make_plan([known[name] for name in suites], preset, backends, device)
-    else:
-        words = [*spec, *(f"{key}={value}" for key, value in features.items() if value)]
-        plan = plan_workloads(expand_workloads([" ".join(words)]), backends, device)
-    if not plan:
-        raise UsageError(
-            f"nothing to measure: no backend of {device} takes this kind of workload; "
-            "`attnbench backends` lists them"
-        )
-    return plan
+        refuse_beside(ctx, "--suite", allowed=given - set(FEATURES))
+        return make_plan(choose_suites(settings, suites), ctx.params["preset"], backends, device)
+    refuse_beside(ctx, "a batch spec", allowed=given - {"preset"})
+    features = [f"{key}={ctx.params[name]}" for name, key in FEATURES.items() if ctx.params[name]]
+    return plan_workloads(expand_workloads([" ".join([*spec, *features])]), backends, device)
 
 
-def summary_row(row: Measurement) -> dict[str, Any]:
+def summary_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """One line of `run`'s table; rates are derived here, never stored."""
     from statistics import median
 
-    seconds = median(row.samples) if row.samples else None
+    seconds = median(row["samples"]) if row["samples"] else None
+
+    def rate(amount: int, unit: float) -> float | None:
+        return round(amount / seconds / unit, 4) if seconds and amount else None
+
     return {
-        "workload": row.workload,
-        "backend": row.backend,
-        "variant": row.variant,
-        "metric": row.metric,
-        "replicate": row.replicate,
-        "status": row.status,
+        "workload": row["workload"],
+        "backend": row["backend"],
+        "variant": row["variant"],
+        "metric": row["metric"],
+        "replicate": row["replicate"],
+        "status": row["status"],
         "median_us": round(seconds * 1e6, 2) if seconds else None,
-        "samples": len(row.samples),
-        "tflop_s": round(row.flops / seconds / 1e12, 4) if seconds and row.flops else None,
-        "gb_s": round(row.bytes_moved / seconds / 1e9, 3) if seconds and row.bytes_moved else None,
-        "rel_error": row.rel_error,
-        "reasons": list(row.reasons),
+        "samples": len(row["samples"]),
+        "tflop_s": rate(row["flops"], 1e12),
+        "gb_s": rate(row["bytes_moved"], 1e9),
+        "rel_error": row["rel_error"],
+        "reasons": list(row["reasons"]),
     }
 
 
-def _exit_code(rows: list[Measurement]) -> ExitCode:
+def _exit_code(rows: list[dict[str, Any]]) -> ExitCode:
     """4 when a point that should have run did not; a refusal is an answer, not a failure."""
     failed = {"INCORRECT", "OOM", "TIMEOUT", "CRASH", "THROTTLED", "ERROR"}
-    return ExitCode.INCOMPLETE if any(r.status in failed for r in rows) else ExitCode.OK
+    return ExitCode.INCOMPLETE if any(r["status"] in failed for r in rows) else ExitCode.OK
 
 
-def _require_an_answer(rows: list[Measurement]) -> None:
+def _require_an_answer(rows: list[dict[str, Any]]) -> None:
     """Nothing was measured because everything was refused: say so, though it is stored too.
 
     Raises SelectionError with the first refusal's reasons.
     """
-    if rows and all(row.status == "UNSUPPORTED" for row in rows):
+    if rows and all(row["status"] == "UNSUPPORTED" for row in rows):
         first = rows[0]
         raise SelectionError(
-            f"{first.backend} refuses {first.workload!r}: {'; '.join(first.reasons)}. "
-            f"See who accepts it: attnbench explain {first.workload}"
+            f"{first['backend']} refuses {first['workload']!r}: {'; '.join(first['reasons'])}. "
+            f"See who accepts it: attnbench explain {first['workload']}"
         )

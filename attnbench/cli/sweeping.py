@@ -5,53 +5,141 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from attnbench.cli.output import note
+from attnbench.errors import UsageError
 
 if TYPE_CHECKING:
+    import typer
+
     from attnbench.backends.device import Device
     from attnbench.measure import MeasureOptions, PlannedPoint, SweepOutcome
+    from attnbench.measure.environment import Environment
     from attnbench.settings import Settings
     from attnbench.store import ResultsFolder
     from attnbench.store.header import RunHeader
     from attnbench.store.record import Measurement
+    from attnbench.workload import Suite
 
 Report = Callable[[Sequence["Measurement"], int, int], None]
 
 
-def sweep(
-    folder: ResultsFolder,
-    header: RunHeader,
-    plan: Sequence[PlannedPoint],
-    options: MeasureOptions,
-    device: Device,
-    *,
-    resume: bool,
-    label: str,
-) -> tuple[SweepOutcome, list[Measurement]]:
-    """Measure `plan` into the run of `header` and seal it. Returns the outcome and the new rows."""
-    from attnbench.measure import run_sweep
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A run about to be measured: what, how, on what, and where it is stored."""
 
-    announce(plan, options, device)
-    rows: list[Measurement] = []
-    with folder.open_run(header, resume=resume) as run, progress(label) as report:
-        for orphan in run.orphans:
-            note(f"sealed run {orphan.run_id}, which had been stopped: {orphan.num_rows} rows")
-            if orphan.set_aside is not None:
-                note(f"  {len(orphan.corrupt_lines)} corrupt lines are kept in {orphan.set_aside}")
+    folder: ResultsFolder
+    header: RunHeader
+    plan: Sequence[PlannedPoint]
+    options: MeasureOptions
+    device: Device
+    environment: Environment
+    resume: bool
 
-        def collect(new: Sequence[Measurement], done: int, total: int) -> None:
-            rows.extend(new)
-            report(new, done, total)
+    @classmethod
+    def planned(
+        cls,
+        folder: ResultsFolder,
+        plan: Sequence[PlannedPoint],
+        options: MeasureOptions,
+        device: Device,
+    ) -> Sweep:
+        """A new run. Raises UsageError if there is nothing to measure."""
+        from attnbench.measure.environment import read_environment
+        from attnbench.measure.header import new_header
 
-        outcome = run_sweep(plan, run, options, device, progress=collect)
-        path = run.seal()
-    again = f", {outcome.skipped} already there" if outcome.skipped else ""
-    note(f"stored {path}: {outcome.measured} points{again}, {outcome.duration_s:.1f} s")
-    return outcome, rows
+        if not plan:
+            raise UsageError(
+                f"nothing to measure: no backend of {device} takes these workloads, or the preset "
+                "is empty; `attnbench backends` lists who runs here"
+            )
+        environment = read_environment(device)
+        header = new_header(plan, options, environment)
+        return cls(folder, header, plan, options, device, environment, resume=False)
+
+    @classmethod
+    def resumed(cls, ctx: typer.Context, folder: ResultsFolder, run_id: str) -> Sweep:
+        """A run that was stopped, as it was planned. Raises UsageError for options beside it."""
+        from attnbench.measure.environment import read_environment
+        from attnbench.measure.header import check_same_environment, read_header
+        from attnbench.selection import current_device
+
+        refuse_beside(ctx, "--resume", allowed=("resume", "results", "site", "format"))
+        header = folder.header(run_id)
+        plan, options = read_header(header)
+        device = current_device()
+        environment = read_environment(device)
+        check_same_environment(header, environment)
+        return cls(folder, header, plan, options, device, environment, resume=True)
+
+    def again(self, plan: Sequence[PlannedPoint], options: MeasureOptions) -> Sweep:
+        """The same run with other points or options, to be gone on with."""
+        return replace(self, plan=plan, options=options, resume=True)
+
+    def measure(self, label: str) -> SweepOutcome:
+        """Measure and seal."""
+        from attnbench.measure import run_sweep
+
+        announce(self.plan, self.options, self.device)
+        opened = self.folder.open_run(self.header, resume=self.resume)
+        with opened as run, progress(label) as report:
+            for orphan in run.orphans:
+                note(f"sealed run {orphan.run_id}, which had been stopped: {orphan.num_rows} rows")
+                if orphan.set_aside is not None:
+                    note(f"  {len(orphan.corrupt_lines)} corrupt lines kept in {orphan.set_aside}")
+            outcome = run_sweep(self.plan, run, self.options, self.device, self.environment, report)
+            path = run.seal()
+        again = f", {outcome.skipped} already there" if outcome.skipped else ""
+        note(f"stored {path}: {outcome.measured} points{again}, {outcome.duration_s:.1f} s")
+        return outcome
+
+
+def refuse_beside(ctx: typer.Context, option: str, allowed: Container[str]) -> None:
+    """Raises UsageError for options given on the command line that `option` would ignore."""
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        source = ctx.get_parameter_source(name)
+        if name not in allowed and source is not None and source.name == "COMMANDLINE":
+            given = f"--{name.replace('_', '-')}" if parameter.param_type_name == "option" else name
+            raise UsageError(f"{option} does not go with {given}; leave one of them out")
+
+
+def measure_options(
+    settings: Settings,
+    timer: str,
+    replicates: int | None,
+    budget: float | None,
+    timeout: float | None,
+    fake_slowdown: Sequence[str],
+) -> MeasureOptions:
+    """Flags over settings. Raises UsageError for a value that measures nothing."""
+    from attnbench.measure import MeasureOptions
+    from attnbench.measure.options import parse_slowdown
+
+    return MeasureOptions(
+        timer=timer,
+        replicates=settings.replicates if replicates is None else replicates,
+        budget_s=settings.budget_s if budget is None else budget,
+        target_rel_ci=settings.target_rel_ci,
+        timeout_s=settings.timeout_s if timeout is None else timeout,
+        fake_slowdown=tuple(parse_slowdown(text) for text in fake_slowdown),
+    )
+
+
+def choose_suites(settings: Settings, names: Sequence[str]) -> list[Suite]:
+    """The suites of the project called `names`; all of them for none. Raises UsageError."""
+    from attnbench.workload.closest import did_you_mean
+    from attnbench.workload.suite import load_suites
+
+    known = load_suites(settings.suites)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--suite {name!r} is not known; {did_you_mean(name, sorted(known))}")
+    return [known[name] for name in names or sorted(known)]
 
 
 def requested_backends(settings: Settings) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -9,7 +10,7 @@ import platform
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -163,8 +164,9 @@ class Commit:
 def read_commit() -> Commit:
     """The commit of the installed attnbench, read and never guessed.
 
-    From the repository the package's files lie in, with `+dirty` appended when tracked files of
-    the package differ from it; else from the installer's own record (PEP 610); else nothing.
+    From the repository the package's files lie in, with `+dirty` appended when files of the
+    package differ from it or are not in it; else from the installer's own record (PEP 610); else
+    nothing.
     asv installs each commit into an environment of its own and names it in `ASV_COMMIT`.
     """
     if sha := os.environ.get("ASV_COMMIT", ""):
@@ -174,7 +176,7 @@ def read_commit() -> Commit:
     if (found := _git_commit(package, "HEAD")) and _git(
         package, "ls-files", "--error-unmatch", "__init__.py"
     ):
-        if _git(package, "status", "--porcelain", "--untracked-files=no", "--", "."):
+        if _git(package, "status", "--porcelain", "--", "."):
             return Commit(found.sha + "+dirty", found.time, found.subject)
         return found
     try:
@@ -216,16 +218,24 @@ def _git_commit(folder: Path, revision: str) -> Commit | None:
 
 
 def read_conditions() -> Mapping[str, float]:
-    """How the machine was doing: read before and after each point; the unit is in each key."""
+    """How the machine was doing: read before and after each point; the unit is in each key.
+
+    What a machine does not tell is left out: a missing sensor must not cost a point its time.
+    """
     import psutil
 
-    values = {
-        "load_1m": psutil.getloadavg()[0],
-        "memory_available_bytes": float(psutil.virtual_memory().available),
+    def temperature() -> float:
+        groups: Mapping[str, Any] = getattr(psutil, "sensors_temperatures", dict)()
+        return max(float(sensor.current) for group in groups.values() for sensor in group)
+
+    readings: dict[str, Callable[[], float]] = {
+        "load_1m": lambda: float(psutil.getloadavg()[0]),
+        "memory_available_bytes": lambda: float(psutil.virtual_memory().available),
+        "cpu_clock_hz": lambda: float(psutil.cpu_freq().current) * 1e6,
+        "temperature_c": temperature,
     }
-    if (frequency := psutil.cpu_freq()) is not None:
-        values["cpu_clock_hz"] = frequency.current * 1e6
-    sensors: Mapping[str, Any] = getattr(psutil, "sensors_temperatures", dict)()
-    if sensors:
-        values["temperature_c"] = max(s.current for group in sensors.values() for s in group)
+    values = {}
+    for key, read in readings.items():
+        with contextlib.suppress(OSError, RuntimeError, ValueError, AttributeError, TypeError):
+            values[key] = read()
     return values

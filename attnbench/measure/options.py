@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from attnbench.errors import UsageError
 
 TIMERS = ("wall", "fake")
+
+#: Replicates from 100 on are confirmations (`history/series.py`).
+MAX_REPLICATES = 99
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +32,7 @@ class MeasureOptions:
     timer: str = "wall"
     replicates: int = 1
     first_replicate: int = 0
-    budget_s: float = 0.3
+    budget_s: float = 0.5
     target_rel_ci: float = 0.02
     min_samples: int = 5
     max_samples: int = 1000
@@ -38,11 +42,11 @@ class MeasureOptions:
     def __post_init__(self) -> None:
         if self.timer not in TIMERS:
             raise UsageError(f"--timer {self.timer!r} is not known; use one of {', '.join(TIMERS)}")
-        if self.replicates < 1:
-            raise UsageError(f"--replicates {self.replicates} measures nothing; use 1 or more")
+        if not 1 <= self.replicates <= MAX_REPLICATES:
+            raise UsageError(f"--replicates {self.replicates}: use 1 to {MAX_REPLICATES}")
         for name in ("budget_s", "target_rel_ci", "timeout_s"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"{name} = {getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name} = {getattr(self, name)}: use a number above 0, e.g. 0.5")
 
 
 def parse_slowdown(text: str) -> tuple[str, float]:

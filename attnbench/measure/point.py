@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -108,8 +108,15 @@ def is_interpreted(backend: type[AttentionBackend], device: Device) -> bool:
     return device.kind == "cpu" and backend.interpreted_on_cpu
 
 
-def measure_point(planned: PlannedPoint, context: PointContext) -> list[Measurement]:
-    """Rows of one point; the first is metric `attention` and carries the status."""
+def measure_point(
+    planned: PlannedPoint,
+    context: PointContext,
+    truth_known: Callable[[], None] = lambda: None,
+) -> list[Measurement]:
+    """Rows of one point; the first is metric `attention` and carries the status.
+
+    `truth_known` is called when the reference is there and the backend's own work begins.
+    """
     maker = RowMaker(planned, context.run_id, context.replicate, context.environment, context.timer)
     try:
         reasons = refusals(planned, context.device)
@@ -117,7 +124,7 @@ def measure_point(planned: PlannedPoint, context: PointContext) -> list[Measurem
             return [maker.row(Status.UNSUPPORTED, reasons=tuple(reasons))]
         # One grad mode from check to timing: torch.compile guards on it and would compile twice.
         with torch.no_grad():
-            return list(_measure(planned, context, maker))
+            return list(_measure(planned, context, maker, truth_known))
     except MemoryError as error:
         return [maker.row(Status.OOM, reasons=(_one_line(error),))]
     # Whatever a kernel library raises costs this point only; the row keeps the reason.
@@ -126,12 +133,26 @@ def measure_point(planned: PlannedPoint, context: PointContext) -> list[Measurem
         return [maker.row(status, reasons=(_one_line(error),))]
 
 
+def untimed_reason(backend: type[AttentionBackend], device: Device, timer: Timer) -> str:
+    """Why a correct point gets no time here; "": it can be timed."""
+    if is_interpreted(backend, device):
+        return "Triton's interpreter: correct here, but not a time"
+    if device.kind != "cpu" and timer.name == "wall":
+        # A launch returns before its kernel ends: the clock would read the launch.
+        return f"the wall clock cannot time kernels of {device.kind}; a GPU timer is not built yet"
+    return ""
+
+
 def _measure(
-    planned: PlannedPoint, context: PointContext, maker: RowMaker
+    planned: PlannedPoint,
+    context: PointContext,
+    maker: RowMaker,
+    truth_known: Callable[[], None],
 ) -> Iterator[Measurement]:
     backend = get_backend_class(planned.backend)
-    conditions_before = read_conditions()
     batch, truth = context.truths.get(planned, backend, context.device)
+    truth_known()
+    conditions_before = read_conditions()
     point = prepare(planned, batch)
 
     def check() -> OutputCheck:
@@ -144,42 +165,38 @@ def _measure(
             planned.workload.resolved_kv_cache_dtype,
         )
 
+    def facts(found: OutputCheck, *checked: str) -> dict[str, Any]:
+        return {
+            "max_abs_error": found.max_abs_error,
+            "rel_error": found.rel_error,
+            "checked": checked,
+            "conditions_before": conditions_before,
+        }
+
     before = check()
-    errors: Mapping[str, Any] = {
-        "max_abs_error": before.max_abs_error,
-        "rel_error": before.rel_error,
-        "conditions_before": conditions_before,
-    }
     if not before.ok:
-        yield maker.row(Status.INCORRECT, reasons=(before.reason,), checked=("before",), **errors)
+        yield maker.row(Status.INCORRECT, reasons=(before.reason,), **facts(before, "before"))
         return
-    if is_interpreted(backend, context.device):
-        yield maker.row(
-            Status.UNTIMED,
-            reasons=("Triton's interpreter: correct here, but not a time",),
-            checked=("before",),
-            **errors,
-        )
+    if untimed := untimed_reason(backend, context.device, context.timer):
+        yield maker.row(Status.UNTIMED, reasons=(untimed,), **facts(before, "before"))
         return
 
-    rows = [_time(Metric.ATTENTION, point, context, planned, maker, errors)]
+    main = _time(Metric.ATTENTION, point, context, planned, maker, facts(before, "before", "after"))
+    conditions_after = read_conditions()
     after = check()
     if not after.ok:
         # Right once and wrong after timing: the time is of something else, and is not kept.
-        yield maker.row(
-            Status.INCORRECT,
-            reasons=(f"after timing: {after.reason}",),
-            checked=("before", "after"),
-            **errors,
-        )
+        reasons = (f"after timing: {after.reason}",)
+        yield maker.row(Status.INCORRECT, reasons=reasons, **facts(after, "before", "after"))
         return
-    rows += [
-        _time(metric, point, context, planned, maker, {"conditions_before": conditions_before})
-        for metric in point.timed_calls()
-    ]
-    conditions_after = read_conditions()
-    for row in rows:
-        yield replace(row, conditions_after=conditions_after, checked=("before", "after"))
+    yield replace(main, conditions_after=conditions_after)
+    more = {"conditions_before": conditions_before, "conditions_after": conditions_after}
+    for metric in point.timed_calls():
+        try:
+            yield _time(metric, point, context, planned, maker, more)
+        # A part that cannot be timed alone costs that part, not the whole.
+        except Exception as error:
+            yield maker.row(Status.ERROR, metric, reasons=(_one_line(error),))
 
 
 def _time(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from attnbench.backends.device import Device
 from attnbench.backends.registry import get_backend_class
-from attnbench.measure.environment import Environment, read_environment
+from attnbench.measure.environment import Environment
 from attnbench.measure.options import MeasureOptions
 from attnbench.measure.plan import PlannedPoint
 from attnbench.measure.point import is_interpreted
@@ -42,7 +42,7 @@ def run_sweep(
     run: Run,
     options: MeasureOptions,
     device: Device,
-    environment: Environment | None = None,
+    environment: Environment,
     progress: Progress | None = None,
 ) -> SweepOutcome:
     """Measure `plan` into `run`. Points already in the run are skipped, so a resumed run goes on.
@@ -51,7 +51,6 @@ def run_sweep(
     allows, and each is from a process of its own. Points of interpreted kernels have no times, so
     one replicate says all they can say.
     """
-    environment = environment or read_environment(device)
     started = time.perf_counter()
     counts: Counter[str] = Counter()
     rounds = [

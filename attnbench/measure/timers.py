@@ -27,8 +27,8 @@ class Timing:
 
     @property
     def is_noisy(self) -> bool:
-        """The budget was spent before the median was known to the target."""
-        return self.stop_reason is StopReason.BUDGET
+        """Sampling ended before the median was known to the target."""
+        return self.stop_reason is not StopReason.CONVERGED
 
 
 @dataclass(frozen=True, slots=True)

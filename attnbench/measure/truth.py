@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from attnbench.backends.batch import AttentionBatch, make_batch
 from attnbench.backends.device import Device
 from attnbench.backends.reference import ReferenceResult, reference_attention
 from attnbench.measure.plan import PlannedPoint
+
+#: References of one sweep kept on disk; those of large points are computed again.
+_MAX_KEPT_BYTES = 1 << 30
 
 
 class TruthCache:
@@ -42,10 +46,23 @@ class TruthCache:
     def _reference(self, key: str, batch: AttentionBatch) -> ReferenceResult:
         path = self._folder / f"{key}.pt" if self._folder else None
         if path is not None and path.exists():
-            return ReferenceResult(**torch.load(path, weights_only=True))
+            # A file that cannot be read is one that was never kept.
+            with contextlib.suppress(OSError, RuntimeError):
+                return ReferenceResult(**torch.load(path, weights_only=True))
         result = reference_attention(batch)
         if path is not None:
-            partial = path.with_suffix(".tmp")
-            torch.save({f.name: getattr(result, f.name) for f in fields(result)}, partial)
-            partial.replace(path)
+            self._keep(path, {f.name: getattr(result, f.name) for f in fields(result)})
         return result
+
+    def _keep(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """Save if there is room: a full disk costs the next replicate time, never a point."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        kept = sum(other.stat().st_size for other in path.parent.glob("*.pt"))
+        if kept + size > _MAX_KEPT_BYTES:
+            return
+        partial = path.with_suffix(".tmp")
+        try:
+            torch.save(tensors, partial)
+            partial.replace(path)
+        except (OSError, RuntimeError):
+            partial.unlink(missing_ok=True)

@@ -7,6 +7,8 @@ fresh workers by construction. Points of the fake timer run inline: there is not
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -25,10 +27,16 @@ from attnbench.measure.plan import PlannedPoint
 from attnbench.store.record import Measurement, Status
 
 if TYPE_CHECKING:
-    from attnbench.measure.point import PointContext
+    from attnbench.measure.point import PointContext, RowMaker
 
 #: Seconds a worker may take to import torch and answer that it is ready.
 _START_TIMEOUT_S = 180.0
+
+#: Seconds the float64 reference of one point may take: it is ours, not the backend's.
+_TRUTH_TIMEOUT_S = 900.0
+
+#: A worker's first answer to a point that is not refused.
+_TRUTH_KNOWN = "truth known"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +111,26 @@ class WorkerExecutor:
         if self._process is None:
             self._start()
         assert self._connection is not None
-        timeout_s = self._setup.options.timeout_s
+        maker = self._row_maker(planned)
+        limit_s, doing = _TRUTH_TIMEOUT_S, "computing inputs and the reference, not the backend"
         try:
             self._connection.send(planned)
-            if not self._connection.poll(timeout_s):
-                self._stop()
-                return [
-                    self._lost(planned, Status.TIMEOUT, f"killed after {timeout_s:g} s (timeout_s)")
-                ]
-            rows: list[Measurement] = self._connection.recv()
+            while True:
+                if not self._connection.poll(limit_s):
+                    self._stop()
+                    reason = f"killed after {limit_s:g} s of {doing}"
+                    return [maker.row(Status.TIMEOUT, reasons=(reason,))]
+                answer: str | list[Measurement] = self._connection.recv()
+                if answer == _TRUTH_KNOWN:
+                    limit_s, doing = self._setup.options.timeout_s, "running (timeout_s)"
+                elif isinstance(answer, list):
+                    break
         except (EOFError, OSError):
-            return [self._lost(planned, Status.CRASH, self._cause_of_death())]
-        return rows
+            return [maker.row(Status.CRASH, reasons=(self._cause_of_death(),))]
+        if answer[0].status in (Status.ERROR, Status.OOM):
+            # A sticky device error or memory that was not given back would fail the next point.
+            self._stop()
+        return answer
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -152,23 +168,21 @@ class WorkerExecutor:
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:
+            # The whole group: a compiler the worker started would go on beside the next timings.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid or 0, signal.SIGKILL)
             self._process.kill()
             self._process.join()
         self._process = self._connection = None
 
-    def _lost(self, planned: PlannedPoint, status: Status, reason: str) -> Measurement:
+    def _row_maker(self, planned: PlannedPoint) -> RowMaker:
+        """For the row of a point that is lost: its clock runs from now."""
         from attnbench.measure.point import RowMaker
         from attnbench.measure.timers import make_timer
 
         setup = self._setup
-        maker = RowMaker(
-            planned,
-            setup.run_id,
-            setup.replicate,
-            setup.environment,
-            make_timer(setup.options),
-        )
-        return maker.row(status, reasons=(reason,))
+        timer = make_timer(setup.options)
+        return RowMaker(planned, setup.run_id, setup.replicate, setup.environment, timer)
 
 
 def make_executor(setup: WorkerSetup) -> Executor:
@@ -180,8 +194,9 @@ def make_executor(setup: WorkerSetup) -> Executor:
 
 def serve(connection: Connection, setup: WorkerSetup) -> None:
     """Body of a worker: measure what is sent until the other end is gone."""
-    # Ctrl-C reaches the whole group: the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setsid()  # a group of its own: Ctrl-C is the parent's to handle, a kill takes children too
+    _die_with_parent()
+    os.dup2(2, 1)  # stdout is for results; what a kernel library prints goes to stderr
     if setup.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated
     from attnbench.measure.point import measure_point
@@ -191,9 +206,16 @@ def serve(connection: Connection, setup: WorkerSetup) -> None:
     while True:
         try:
             planned: PlannedPoint = connection.recv()
-            connection.send(measure_point(planned, context))
+            connection.send(measure_point(planned, context, lambda: connection.send(_TRUTH_KNOWN)))
         except (EOFError, OSError):
             return
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, even inside a kernel that hangs."""
+    pr_set_pdeathsig = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _context_of(setup: WorkerSetup) -> PointContext:

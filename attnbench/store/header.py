@@ -43,7 +43,8 @@ class RunHeader:
     """The first line of a journal, kept in the sealed file's metadata.
 
     `argv` is what was typed, `spec` the sweep as text, `plan` one JSON object per planned point in
-    the planner's own words, `options` how it is measured: enough for `--resume` to go on with
+    the planner's own words, `options` how it is measured,
+    `environment` on and of what: enough for `--resume` to go on with
     nothing retyped.
     """
 
@@ -53,6 +54,7 @@ class RunHeader:
     spec: str = ""
     plan: tuple[Mapping[str, Any], ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -62,6 +64,7 @@ class RunHeader:
         spec: str = "",
         plan: tuple[Mapping[str, Any], ...] = (),
         options: Mapping[str, Any] | None = None,
+        environment: Mapping[str, str] | None = None,
         now: datetime | None = None,
     ) -> RunHeader:
         """A header with a fresh run id, started now."""
@@ -73,6 +76,7 @@ class RunHeader:
             spec=spec,
             plan=plan,
             options=options or {},
+            environment=environment or {},
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -84,6 +88,7 @@ class RunHeader:
             "spec": self.spec,
             "plan": [dict(point) for point in self.plan],
             "options": dict(self.options),
+            "environment": dict(self.environment),
         }
 
     @classmethod
@@ -96,6 +101,7 @@ class RunHeader:
             spec=value.get("spec", ""),
             plan=tuple(value.get("plan", ())),
             options=value.get("options", {}),
+            environment=value.get("environment", {}),
         )
 
     @classmethod

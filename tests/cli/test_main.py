@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import typer.main
 
 from attnbench.cli import main as cli
+from attnbench.cli.output import Format, emit
 from attnbench.errors import ExitCode
 
 ROOT = Path(__file__).parent.parent.parent
@@ -79,3 +82,61 @@ def test_a_bug_is_a_report_file_and_exit_4(
 )
 def test_one_exit_code_when_several_hold(held: list[ExitCode], expected: int) -> None:
     assert ExitCode.join(*held) == expected
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected", "said"),
+    [
+        (KeyboardInterrupt(), ExitCode.INCOMPLETE, "--resume last"),
+        (EOFError(), ExitCode.INCOMPLETE, "stopped"),
+    ],
+)
+def test_a_stop_is_never_a_regression(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cause: BaseException,
+    expected: ExitCode,
+    said: str,
+) -> None:
+    from attnbench.backends import registry
+
+    def stop(**ignored: object) -> None:
+        raise cause
+
+    monkeypatch.setattr(registry, "backend_names", stop)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["backends"])
+    assert stopped.value.code == expected
+    assert said in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = (
+        f"{sys.executable} -m attnbench matrix --format csv | head -n 1; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("device,")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bug_on_a_full_disk_is_still_not_a_regression(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bug(**ignored: object) -> None:
+        raise KeyError("surprise")
+
+    def full(*args: object, **ignored: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli, "app", bug)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    assert stopped.value.code == ExitCode.INCOMPLETE
+    assert "surprise" in capsys.readouterr().err
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    emit([{"a": float("nan"), "b": [1.0, float("inf")], "c": "NaN"}], Format.JSON)
+    assert json.loads(capsys.readouterr().out) == [{"a": None, "b": [1.0, None], "c": "NaN"}]

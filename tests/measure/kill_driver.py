@@ -76,7 +76,7 @@ def main(path: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     folder = ResultsFolder(path)
     plan = plan_workloads(expand_workloads([SPEC]), ["CPU_ATTN"], CPU)
-    header = new_header(plan, MeasureOptions(timer="fake"))
+    header = new_header(plan, MeasureOptions(timer="fake"), ENVIRONMENT)
     warm_up = ResultsFolder(path.parent / "warm-up")
     with warm_up.open_run(header) as run:
         run_sweep(plan[:1], run, MeasureOptions(timer="fake"), CPU, ENVIRONMENT)
@@ -102,7 +102,7 @@ def main(path: Path, kills: int, seed: int) -> None:
         before = after
         if len({point for point, _ in after}) == len(plan):
             # Everything is measured: go on killing, in a run of its own.
-            header = new_header(plan, MeasureOptions(timer="fake"))
+            header = new_header(plan, MeasureOptions(timer="fake"), ENVIRONMENT)
             path = path.parent / f"{path.name}+"
             folder, before = ResultsFolder(path), {}
             with folder.open_run(header) as run:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from attnbench.backends.device import Device
+from attnbench.backends.registry import get_backend_class
 from attnbench.measure.environment import read_environment
 from attnbench.measure.options import MeasureOptions
 from attnbench.measure.plan import PlannedPoint, plan_workloads
-from attnbench.measure.point import PointContext, measure_point
+from attnbench.measure.point import PointContext, measure_point, untimed_reason
 from attnbench.measure.timers import FakeTimer, Subject, WallTimer
 from attnbench.measure.truth import TruthCache
 from attnbench.store.record import Measurement, Metric, Status, point_id
@@ -133,3 +134,33 @@ def test_a_plan_holds_each_point_once_on_backends_of_its_family() -> None:
     assert (True, "CPU_ATTN") not in families
     assert (False, "TORCH_MLA") not in families
     assert PlannedPoint.from_json(plan[0].to_json()) == plan[0]
+
+
+def test_a_wall_clock_never_times_a_device_that_is_not_the_cpu() -> None:
+    backend = get_backend_class("TORCH_SDPA")
+    assert untimed_reason(backend, CPU, WallTimer()) == ""
+    assert "cuda" in untimed_reason(backend, Device("cuda", "sm90"), WallTimer())
+    assert untimed_reason(backend, Device("cuda", "sm90"), FakeTimer()) == ""
+    interpreted = get_backend_class("TRITON_ATTN")
+    assert "interpreter" in untimed_reason(interpreted, CPU, FakeTimer())
+
+
+def test_references_are_kept_only_while_there_is_room(
+    context: PointContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnbench.measure import truth
+
+    monkeypatch.setattr(truth, "_MAX_KEPT_BYTES", 10)
+    rows = measure_point(
+        PlannedPoint(SMALL, "CPU_ATTN"), replace(context, truths=TruthCache(tmp_path))
+    )
+    assert rows[0].status == Status.OK
+    assert list(tmp_path.iterdir()) == []
+
+    # A folder that is gone, or a file cut short, costs time and never the point.
+    (tmp_path / "gone").mkdir()
+    cache = TruthCache(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setattr(truth, "_MAX_KEPT_BYTES", 1 << 30)
+    rows = measure_point(PlannedPoint(SMALL, "CPU_ATTN"), replace(context, truths=cache))
+    assert rows[0].status == Status.OK

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from attnbench.backends.device import Device
+from attnbench.errors import DataError, UsageError
 from attnbench.measure import MeasureOptions, PlannedPoint, run_sweep
-from attnbench.measure.header import new_header, read_header
+from attnbench.measure.environment import read_environment
+from attnbench.measure.header import check_same_environment, new_header, read_header
 from attnbench.store import ResultsFolder
 from attnbench.workload import Workload
 
 CPU = Device("cpu")
+ENVIRONMENT = read_environment(CPU)
 SMALL = Workload.parse("3q1s40 heads=4/2 head_size=32 dtype=fp32")
 OTHER = Workload.parse("2q1s40 heads=4/2 head_size=32 dtype=fp32")
 
@@ -39,8 +43,8 @@ def test_a_crash_and_a_hang_cost_one_point_each(tmp_path: Path) -> None:
     ]
     options = MeasureOptions(timer="wall", budget_s=0.01, timeout_s=6.0)
     folder = ResultsFolder(tmp_path / "results")
-    with folder.open_run(new_header(plan, options)) as run:
-        outcome = run_sweep(plan, run, options, CPU)
+    with folder.open_run(new_header(plan, options, ENVIRONMENT)) as run:
+        outcome = run_sweep(plan, run, options, CPU, ENVIRONMENT)
         run.seal()
     assert outcome.counts["CRASH"] == outcome.counts["TIMEOUT"] == 1
     assert outcome.counts["OK"] + outcome.counts["NOISY"] == 2
@@ -55,11 +59,11 @@ def test_replicates_are_rows_of_their_own_and_a_resume_adds_only_what_is_missing
 ) -> None:
     options = MeasureOptions(timer="fake", replicates=2)
     plan = [PlannedPoint(SMALL, "CPU_ATTN"), PlannedPoint(SMALL, "TORCH_SDPA")]
-    header = new_header(plan, options)
+    header = new_header(plan, options, ENVIRONMENT)
     assert read_header(header) == (plan, options)
     folder = ResultsFolder(tmp_path / "results")
     with folder.open_run(header) as run:
-        run_sweep(plan[:1], run, MeasureOptions(timer="fake"), CPU)
+        run_sweep(plan[:1], run, MeasureOptions(timer="fake"), CPU, ENVIRONMENT)
         run.seal()
     assert set(statuses(folder)) == {("CPU_ATTN", 0)}
     before = folder.table().num_rows
@@ -68,7 +72,7 @@ def test_replicates_are_rows_of_their_own_and_a_resume_adds_only_what_is_missing
     assert stored.run_id == header.run_id
     again, stored_options = read_header(stored)
     with folder.open_run(stored, resume=True) as run:
-        outcome = run_sweep(again, run, stored_options, CPU)
+        outcome = run_sweep(again, run, stored_options, CPU, ENVIRONMENT)
         run.seal()
     assert outcome.skipped == 1
     assert outcome.measured == 3
@@ -94,3 +98,24 @@ def test_fifty_kills_at_random_moments_lose_and_double_nothing(tmp_path: Path) -
     found = dict(word.split("=") for word in done.stdout.split())
     assert found["kills"] == "50"
     assert int(found["midway"]) >= 10  # the others fell before the first point or after the last
+
+
+def test_a_run_is_not_gone_on_with_on_another_stack_commit_or_machine() -> None:
+    options = MeasureOptions(timer="fake")
+    header = new_header([PlannedPoint(SMALL, "CPU_ATTN")], options, ENVIRONMENT)
+    check_same_environment(header, ENVIRONMENT)
+    others = {
+        "device_class": replace(ENVIRONMENT, device_class="other"),
+        "stack_id": replace(ENVIRONMENT, stack_id="other"),
+        "commit": replace(ENVIRONMENT, commit="other"),
+    }
+    for name, other in others.items():
+        with pytest.raises(UsageError, match=f"its {name} is .*other now"):
+            check_same_environment(header, other)
+
+
+def test_a_run_of_other_options_says_that_it_cannot_be_resumed() -> None:
+    header = new_header([PlannedPoint(SMALL, "CPU_ATTN")], MeasureOptions(), ENVIRONMENT)
+    header = replace(header, options={**header.options, "flux": 1})
+    with pytest.raises(DataError, match="another version of attnbench, with flux"):
+        read_header(header)
