@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from attnbench.settings import Settings
 
 COLUMNS = (
-    *("workload", "backend", "variant", "metric", "replicate", "status"),
-    *("median_us", "samples", "tflop_s", "gb_s", "rel_error", "reasons"),
+    *("workload", "backend", "variant", "metric", "status", "median_us", "spread_pct"),
+    *("replicates", "samples", "tflop_s", "gb_s", "rel_error", "reasons"),
 )
 
 
@@ -89,8 +89,7 @@ def run(
         sweep = Sweep.planned(folder, plan, options, device)
     sweep.measure("measuring")
     rows = folder.table(where={"run_id": sweep.header.run_id}).to_pylist()
-    rows.sort(key=lambda row: (row["workload"], row["backend"], row["metric"], row["replicate"]))
-    emit([summary_row(row) for row in rows], format, COLUMNS)
+    emit(summary_rows(rows), format, COLUMNS)
     _require_an_answer(rows)
     raise typer.Exit(_exit_code(rows))
 
@@ -119,28 +118,40 @@ def _plan(
     return plan_workloads(expand_workloads([" ".join([*spec, *features])]), backends, device)
 
 
-def summary_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """One line of `run`'s table; rates are derived here, never stored."""
+def summary_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One line per point and metric over its replicates; rates are derived here, never stored."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("workload", "backend", "variant", "metric"))
+        groups.setdefault(key, []).append(row)
+    return [_summary_row(groups[key]) for key in sorted(groups)]
+
+
+def _summary_row(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
     from statistics import median
 
-    seconds = median(row["samples"]) if row["samples"] else None
+    first = rows[0]
+    medians = [median(row["samples"]) for row in rows if row["samples"]]
+    seconds = median(medians) if medians else None
+    errors = [row["rel_error"] for row in rows if row["rel_error"] is not None]
 
     def rate(amount: int, unit: float) -> float | None:
         return round(amount / seconds / unit, 4) if seconds and amount else None
 
     return {
-        "workload": row["workload"],
-        "backend": row["backend"],
-        "variant": row["variant"],
-        "metric": row["metric"],
-        "replicate": row["replicate"],
-        "status": row["status"],
+        "workload": first["workload"],
+        "backend": first["backend"],
+        "variant": first["variant"],
+        "metric": first["metric"],
+        "status": " ".join(dict.fromkeys(row["status"] for row in rows)),
         "median_us": round(seconds * 1e6, 2) if seconds else None,
-        "samples": len(row["samples"]),
-        "tflop_s": rate(row["flops"], 1e12),
-        "gb_s": rate(row["bytes_moved"], 1e9),
-        "rel_error": row["rel_error"],
-        "reasons": list(row["reasons"]),
+        "spread_pct": round((max(medians) / min(medians) - 1) * 100, 1) if medians[1:] else None,
+        "replicates": len(rows),
+        "samples": sum(len(row["samples"]) for row in rows),
+        "tflop_s": rate(first["flops"], 1e12),
+        "gb_s": rate(first["bytes_moved"], 1e9),
+        "rel_error": max(errors) if errors else None,
+        "reasons": list(dict.fromkeys(reason for row in rows for reason in row["reasons"])),
     }
 
 

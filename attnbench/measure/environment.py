@@ -10,6 +10,7 @@ import platform
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -239,3 +240,36 @@ def read_conditions() -> Mapping[str, float]:
         with contextlib.suppress(OSError, RuntimeError, ValueError, AttributeError, TypeError):
             values[key] = read()
     return values
+
+
+class OtherLoad:
+    """What the rest of the machine computes while a point is timed.
+
+    On a shared CPU this, not the kernel, is what moves a wall-clock time: one other busy process on
+    two cores turns a parallel call of 60 µs into 8 ms, a slice of the scheduler, in every sample.
+    """
+
+    #: Ticks of the kernel's accounting are 10 ms: shorter spans say nothing.
+    _MIN_SPAN_S = 0.2
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._others = self._other_seconds()
+
+    @staticmethod
+    def _other_seconds() -> float:
+        import psutil
+
+        every = psutil.cpu_times()
+        own = psutil.Process().cpu_times()
+        busy = sum(every) - every.idle - getattr(every, "iowait", 0.0)
+        # Guests are counted in user time already.
+        busy -= getattr(every, "guest", 0.0) + getattr(every, "guest_nice", 0.0)
+        return float(busy - own.user - own.system)
+
+    def cores(self) -> float | None:
+        """Cores other processes kept busy since this object was made; None: too short to tell."""
+        span = time.perf_counter() - self._started
+        if span < self._MIN_SPAN_S:
+            return None
+        return max(0.0, (self._other_seconds() - self._others) / span)

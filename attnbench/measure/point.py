@@ -15,7 +15,7 @@ from attnbench.backends.check import OutputCheck, check_output
 from attnbench.backends.device import Device
 from attnbench.backends.registry import backend_status, get_backend_class
 from attnbench.errors import AttnBenchError
-from attnbench.measure.environment import Environment, read_conditions
+from attnbench.measure.environment import Environment, OtherLoad, read_conditions
 from attnbench.measure.options import MeasureOptions
 from attnbench.measure.plan import PlannedPoint
 from attnbench.measure.prepare import PreparedPoint, prepare
@@ -28,6 +28,9 @@ from attnbench.workload.cost import attention_bytes, attention_flops
 
 #: Share of the budget the smaller metrics get each.
 _PART_BUDGET = 0.2
+
+#: Cores other processes may use while the wall clock runs, before the time is doubted.
+_MAX_OTHER_CORES = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +184,10 @@ def _measure(
         yield maker.row(Status.UNTIMED, reasons=(untimed,), **facts(before, "before"))
         return
 
+    others = OtherLoad()
     main = _time(Metric.ATTENTION, point, context, planned, maker, facts(before, "before", "after"))
-    conditions_after = read_conditions()
+    main = _doubt_if_shared(main, others.cores(), context)
+    conditions_after = {**read_conditions(), **main.conditions_after}
     after = check()
     if not after.ok:
         # Right once and wrong after timing: the time is of something else, and is not kept.
@@ -197,6 +202,19 @@ def _measure(
         # A part that cannot be timed alone costs that part, not the whole.
         except Exception as error:
             yield maker.row(Status.ERROR, metric, reasons=(_one_line(error),))
+
+
+def _doubt_if_shared(
+    row: Measurement, other_cores: float | None, context: PointContext
+) -> Measurement:
+    """A wall-clock time taken while others used the CPU is NOISY, and says why."""
+    if other_cores is None or context.timer.name != "wall":
+        return row
+    row = replace(row, conditions_after={"other_processes_cores": other_cores})
+    if other_cores <= _MAX_OTHER_CORES:
+        return row
+    reason = f"other processes kept {other_cores:.1f} cores busy while it was timed"
+    return replace(row, status=str(Status.NOISY), reasons=(reason,))
 
 
 def _time(

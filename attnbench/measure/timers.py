@@ -17,6 +17,9 @@ from attnbench.measure.stopping import StoppingRule, StopReason
 from attnbench.workload import Workload
 from attnbench.workload.cost import attention_bytes, attention_flops
 
+#: Seconds of calls before the first sample.
+_WARM_UP_S = 0.05
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -52,7 +55,7 @@ class Timer(Protocol):
         ...
 
     def time(self, call: Callable[[], object], rule: StoppingRule, subject: Subject) -> Timing:
-        """Sample `call`. The first call is a warm-up and is not a sample."""
+        """Sample `call`. Calls before the first sample are warm-up."""
         ...
 
 
@@ -73,7 +76,7 @@ class WallTimer:
         return samples[len(samples) // 2]
 
     def time(self, call: Callable[[], object], rule: StoppingRule, subject: Subject) -> Timing:
-        call()
+        self._warm_up(call, min(_WARM_UP_S, rule.budget_s))
         samples: list[float] = []
         # A collection in the middle of a sample is the harness's time, not the kernel's.
         was_enabled = gc.isenabled()
@@ -88,6 +91,15 @@ class WallTimer:
         finally:
             if was_enabled:
                 gc.enable()
+
+    @staticmethod
+    def _warm_up(call: Callable[[], object], seconds: float) -> None:
+        """At least one call; for short ones enough that the clock and the caches have settled."""
+        until = time.perf_counter() + seconds
+        while True:
+            call()
+            if time.perf_counter() >= until:
+                return
 
     @staticmethod
     def _sample(call: Callable[[], object]) -> float:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
+import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +15,13 @@ import pytest
 import attnbench
 from attnbench.backends.device import Device
 from attnbench.measure import environment
-from attnbench.measure.environment import Commit, cpu_class, read_commit, read_conditions
+from attnbench.measure.environment import (
+    Commit,
+    OtherLoad,
+    cpu_class,
+    read_commit,
+    read_conditions,
+)
 from attnbench.store.record import COLUMNS, stack_id
 
 
@@ -42,10 +51,30 @@ def test_environment_fills_columns_of_the_record_and_no_others() -> None:
 
 
 def test_conditions_name_their_units() -> None:
-    units = ("_bytes", "_hz", "_c", "_1m", "_w")
+    units = ("_bytes", "_hz", "_c", "_1m", "_w", "_cores")
     conditions = read_conditions()
     assert conditions["memory_available_bytes"] > 0
     assert all(key.endswith(units) for key in conditions)
+
+
+def test_other_load_is_what_other_processes_use_and_not_our_own() -> None:
+    quiet = OtherLoad()
+    assert quiet.cores() is None  # too short to tell
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.3)
+        others = OtherLoad()
+        until = time.perf_counter() + 1.0
+        while time.perf_counter() < until:
+            pass  # our own core must not count
+        found = others.cores()
+    finally:
+        busy.kill()
+        busy.wait()
+    own_cores = 1
+    assert found is not None
+    assert found >= 0.5 * min(1, max(1, (os.cpu_count() or 1)) / (1 + own_cores))
+    assert found <= (os.cpu_count() or 1) - 0.3 * own_cores
 
 
 def git(folder: Path, *words: str) -> str:

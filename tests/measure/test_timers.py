@@ -42,7 +42,7 @@ def test_a_wrong_slowdown_says_how_to_write_one(text: str) -> None:
         parse_slowdown(text)
 
 
-def test_wall_time_is_at_least_the_call_and_the_first_call_is_no_sample() -> None:
+def test_wall_time_is_at_least_the_call_and_warm_up_is_no_sample() -> None:
     calls: list[bool] = []
 
     def call() -> None:
@@ -50,9 +50,9 @@ def test_wall_time_is_at_least_the_call_and_the_first_call_is_no_sample() -> Non
         time.sleep(0.002)
 
     timing = WallTimer().time(call, RULE, SUBJECT)
-    assert len(calls) == len(timing.samples) + 1
+    assert len(calls) > len(timing.samples)  # warm-up calls are no samples
     assert all(sample >= 0.002 for sample in timing.samples)
-    assert not any(calls[1:])  # no collection inside a sample
+    assert not any(calls[-len(timing.samples) :])  # no collection inside a sample
     assert gc.isenabled()
 
 
