@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -29,8 +30,9 @@ def dashboard(
     from attnbench.store import ResultsFolder
 
     settings = load_settings()
-    folder = results if results is not None else settings.results
-    table = ResultsFolder(folder).table()
+    if results is not None:
+        settings = replace(settings, results=results)
+    table = ResultsFolder(settings.results).table()
     runs = runs_of(table)
     judgement = judge(table, run or None)
     index = render(
@@ -38,7 +40,7 @@ def dashboard(
         runs,
         judgement,
         site if site is not None else settings.site,
-        matrix=read_matrix(Path(folder) / "matrix.json"),
+        matrix=read_matrix(settings.matrix_file),
         pages=load_pages(config, settings.dashboards),
     )
     emit([{"page": str(index), "runs": len(runs), "rows": table.num_rows}], format)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import replace
@@ -56,7 +55,7 @@ def nightly(
 ) -> None:
     """Measure the suites, store, judge against earlier runs, confirm what looks slower, render."""
     from attnbench.cli.sweeping import Sweep, choose_suites, measure_options, requested_backends
-    from attnbench.dashboard import load_pages, render
+    from attnbench.dashboard import load_pages, render, write_matrix
     from attnbench.history import NEEDED_COLUMNS, judge, runs_of, summary_markdown, summary_text
     from attnbench.history.series import FIRST_CONFIRMATION
     from attnbench.measure import make_plan
@@ -98,17 +97,23 @@ def nightly(
         judgement = judge(folder.table(NEEDED_COLUMNS), run_id, planned=planned)
 
     cells = [cell.row() for cell in matrix()]
-    settings.matrix_file.write_text(json.dumps(cells, indent=1), encoding="utf-8")
-    table = folder.table()
-    pages = load_pages(folder=settings.dashboards)
-    index = render(table, runs_of(table), judgement, settings.site, matrix=cells, pages=pages)
+    write_matrix(settings.matrix_file, cells)
     facts: dict[str, Any] = {
-        "pages": os.path.relpath(index),
+        "pages": os.path.relpath(settings.site / "index.html"),
         "duration_s": duration_s,
         "commits_since": _commits_since(judgement),
     }
     markdown = summary_markdown(judgement, **facts)
-    (settings.site / "summary.md").write_text(markdown, encoding="utf-8")
+    table = folder.table()
+    render(
+        table,
+        runs_of(table),
+        judgement,
+        settings.site,
+        matrix=cells,
+        pages=load_pages(folder=settings.dashboards),
+        summary=markdown,
+    )
     if format is Format.TABLE:
         print(summary_text(judgement, color=sys.stdout.isatty(), **facts))
     elif format is Format.MARKDOWN:

@@ -12,9 +12,16 @@ if TYPE_CHECKING:
     from attnbench.dashboard.pages import Pages as Pages
     from attnbench.dashboard.pages import load_pages as load_pages
     from attnbench.dashboard.pages import read_matrix as read_matrix
+    from attnbench.dashboard.pages import write_matrix as write_matrix
     from attnbench.dashboard.site import render as render
 
-_HOMES = {"Pages": "pages", "load_pages": "pages", "read_matrix": "pages", "render": "site"}
+_HOMES = {
+    "Pages": "pages",
+    "load_pages": "pages",
+    "read_matrix": "pages",
+    "write_matrix": "pages",
+    "render": "site",
+}
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605
 

@@ -18,7 +18,7 @@ from attnbench.history.summary import (
     undecided_advice,
     verdict_counts,
 )
-from attnbench.history.verdict import INCOMPLETE_STATUSES, Judgement, SeriesVerdict
+from attnbench.history.verdict import Judgement, SeriesVerdict
 
 #: Entries of one kind on the overview; every series is in the searchable list below them.
 _LISTED = 50
@@ -72,17 +72,16 @@ def overview_context(
 
 
 def _sections(judgement: Judgement) -> list[dict[str, Any]]:
-    verdicts = judgement.verdicts
     slower = judgement.because(Reason.CONFIRMED, Reason.SLOWER_THAN_FLOOR)
     lost = judgement.because(Reason.STATUS_CHANGED)
+    failed = [v for v in judgement.failures if v not in lost]
     back = judgement.because(Reason.STATUS_RECOVERED)
-    failed = [v for v in verdicts if v.subject.status in INCOMPLETE_STATUSES]
     return [
         _section("slower", "Slower", slower, _timed_entry),
         _section("lost", "Support lost", lost, _status_entry),
         _section("undecided", "Undecided", judgement.of(Verdict.UNDECIDED), _undecided_entry),
         _section("invalid", "Not comparable", judgement.of(Verdict.INVALID), _note_entry),
-        _section("failed", "Failed", [v for v in failed if v not in lost], _status_entry),
+        _section("failed", "Failed", failed, _status_entry),
         _section("faster", "Faster", judgement.because(Reason.FASTER_THAN_FLOOR), _timed_entry),
         _section("back", "Works again", back, _status_entry),
     ]

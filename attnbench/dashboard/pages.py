@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from attnbench.errors import CorruptDataError, SettingsError
+from attnbench.store.disk import remove_file, replace_file, writing
 
 FILE_NAME = "default.toml"
 
@@ -107,6 +109,26 @@ def read_matrix(path: Path) -> Sequence[Mapping[str, Any]] | None:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise CorruptDataError(f"{path}: not a list of cells; write it again: {_MEND}")
     return rows
+
+
+def write_matrix(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Leave the cells of the selection matrix in `path`, whole or not at all; see `read_matrix`.
+
+    Raises InfrastructureError on a full disk, ResultsFolderError if `path` cannot be written.
+    """
+    with writing(path):
+        write_text_atomically(path, json.dumps([dict(row) for row in rows], indent=1))
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write `text` beside `path` and give it that name. Raises OSError and leaves no half file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        replace_file(temporary, path)
+    except BaseException:
+        remove_file(temporary)
+        raise
 
 
 _MEND = "attnbench matrix --format json > results/matrix.json"

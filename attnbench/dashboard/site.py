@@ -12,13 +12,14 @@ import pyarrow as pa
 
 from attnbench.dashboard import data
 from attnbench.dashboard.overview import overview_context
-from attnbench.dashboard.pages import PAGE_TITLES, Pages
+from attnbench.dashboard.pages import PAGE_TITLES, Pages, write_text_atomically
 from attnbench.dashboard.script import data_script
-from attnbench.errors import DataError
+from attnbench.errors import DataError, InfrastructureError
 from attnbench.history.rule import VerdictSettings
 from attnbench.history.runs import RunSummary
 from attnbench.history.series import Series, series_of
 from attnbench.history.verdict import Judgement
+from attnbench.store.disk import write_error
 
 if TYPE_CHECKING:
     import jinja2
@@ -35,22 +36,33 @@ def render(
     matrix: Sequence[Mapping[str, Any]] | None = None,
     pages: Pages | None = None,
     settings: VerdictSettings | None = None,
+    summary: str | None = None,
 ) -> Path:
     """Write the pages of `table` into `out` and give the path of index.html.
 
     `table` has all columns of the record, `runs` is `runs_of(table)`; `matrix` is rows of the
-    selection matrix (`attnbench matrix --format json`). Files of an earlier rendering are replaced.
-    Raises DataError if `out` cannot be written.
+    selection matrix (`attnbench matrix --format json`); `summary` is Markdown that is left beside
+    index.html as summary.md. Files of an earlier rendering are replaced.
+    Raises InfrastructureError on a full disk, DataError if `out` cannot be written.
     """
     pages = pages or Pages()
     settings = settings or VerdictSettings()
     every = series_of(table)
     try:
-        return _write(table, list(runs), judgement, out, every, matrix, pages, settings)
+        index = _write(table, list(runs), judgement, out, every, matrix, pages, settings)
+        if summary is not None:
+            write_text_atomically(out / "summary.md", summary)
     except OSError as error:
+        # Which errors mean a full disk is known in one place.
+        if isinstance(write_error(out, error), InfrastructureError):
+            raise InfrastructureError(
+                f"{out}: the pages cannot be written ({error.strerror}); free some space there, "
+                "then run attnbench dashboard"
+            ) from error
         raise DataError(
             f"{out}: the pages cannot be written ({error.strerror}); give another --site"
         ) from error
+    return index
 
 
 def _write(

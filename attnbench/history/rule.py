@@ -71,9 +71,10 @@ class TimerNoise:
     def blind_spot(self, ratio: float) -> float:
         """The largest ratio that may hide in an interval called unchanged.
 
-        Ten floors; five where the ratio itself is beyond the floor, for that is a suspicion.
+        Five floors where the ratio itself is beyond the floor, for that is a suspicion and is
+        measured again. Else twenty: then only an interval that says nothing at all is undecided.
         """
-        return 1 + (5 if ratio > self.limit else 10) * self.floor
+        return 1 + (5 if ratio > self.limit else 20) * self.floor
 
 
 #: Wall clock on a shared CPU: medians of separate processes were seen to spread by 8 %. Kernel
@@ -147,23 +148,16 @@ def estimate(
     window does not widen it), moderated by the timer's assumed spread, which counts as four more
     runs: s^2 = (4 s0^2 + (B-1) s_mad^2) / (4 + B-1) with 4 + B-1 degrees of freedom (Smyth, 2004,
     "Linear models and empirical Bayes methods"). Half width: t s sqrt(1 + pi/(2B)), pi/2 being the
-    price of a median for a centre. Fewer runs: Welch's interval of the replicates' logs, widened by
-    the floor, since replicates of one run do not show how runs differ.
+    price of a median for a centre. Fewer runs: the replicates are compared, see `_few_runs`.
     """
     own = [math.log(value) for value in subject]
     runs = [[math.log(value) for value in run] for run in baseline]
     if len(runs) >= _MIN_RUNS:
         medians = [statistics.median(run) for run in runs]
-        centre = statistics.median(medians)
-        shift = statistics.median(own) - centre
-        half = _prediction_half_width(medians, centre, noise, confidence)
-    else:
-        pooled = [value for run in runs for value in run]
-        shift = statistics.median(own) - statistics.median(pooled)
-        if min(len(own), len(pooled)) < noise.min_replicates:
-            return Estimate(math.exp(shift), math.exp(shift), math.exp(shift), enough=False)
-        half = _welch_half_width(pooled, own, noise, confidence) + math.log1p(noise.floor)
-    return Estimate(math.exp(shift), math.exp(shift - half), math.exp(shift + half))
+        shift = statistics.median(own) - statistics.median(medians)
+        half = _prediction_half_width(medians, noise, confidence)
+        return _estimate(shift, half)
+    return _few_runs([value for run in runs for value in run], own, noise, confidence)
 
 
 def estimate_groups(
@@ -174,23 +168,17 @@ def estimate_groups(
 ) -> Estimate:
     """Ratio of group `b` to group `a`, each of one or more runs of replicates, in seconds.
 
-    Three or more runs on both sides: Welch's interval of the runs' log medians. Otherwise: of the
-    replicates' logs, widened by the floor.
+    Three or more runs on both sides: Welch's interval of the runs' log medians. Otherwise the
+    replicates are compared, see `_few_runs`.
     """
     if min(len(a), len(b)) >= _MIN_RUNS:
         first = [math.log(statistics.median(run)) for run in a]
         second = [math.log(statistics.median(run)) for run in b]
-        half = _welch_half_width(first, second, noise, confidence)
-    else:
-        first = [math.log(value) for run in a for value in run]
-        second = [math.log(value) for run in b for value in run]
-        half = math.log1p(noise.floor)
-        if min(len(first), len(second)) < noise.min_replicates:
-            ratio = math.exp(statistics.median(second) - statistics.median(first))
-            return Estimate(ratio, ratio, ratio, enough=False)
-        half += _welch_half_width(first, second, noise, confidence)
-    shift = statistics.median(second) - statistics.median(first)
-    return Estimate(math.exp(shift), math.exp(shift - half), math.exp(shift + half))
+        shift = statistics.median(second) - statistics.median(first)
+        return _estimate(shift, _welch_half_width(first, second, confidence))
+    first = [math.log(value) for run in a for value in run]
+    second = [math.log(value) for run in b for value in run]
+    return _few_runs(first, second, noise, confidence)
 
 
 def decide(found: Estimate, noise: TimerNoise) -> tuple[Verdict, Reason]:
@@ -213,29 +201,52 @@ def decide(found: Estimate, noise: TimerNoise) -> tuple[Verdict, Reason]:
     return Verdict.UNCHANGED, Reason.WITHIN_NOISE
 
 
-def _prediction_half_width(
-    medians: Sequence[float], centre: float, noise: TimerNoise, confidence: float
-) -> float:
+def _few_runs(
+    a: Sequence[float], b: Sequence[float], noise: TimerNoise, confidence: float
+) -> Estimate:
+    """`b` over `a`, log seconds of replicates, where runs are too few to show how they differ.
+
+    Each side's spread is its scaled median absolute deviation: one odd process of three must not
+    blow up the interval, as it does a variance. They are pooled and moderated by the timer's
+    assumed spread as for many runs (Smyth, 2004), s^2 = (4 s0^2 + (n1-1) mad1^2 + (n2-1) mad2^2)
+    / (4 + n1 + n2 - 2), with as many degrees of freedom. Half width: t s sqrt(1/n1 + 1/n2)
+    + log(1 + floor), the floor because processes of one run do not show how runs differ.
+    """
+    shift = statistics.median(b) - statistics.median(a)
+    if min(len(a), len(b)) < noise.min_replicates:
+        return Estimate(math.exp(shift), math.exp(shift), math.exp(shift), enough=False)
+    freedom = _PRIOR_RUNS + len(a) + len(b) - 2
+    squares = sum((len(side) - 1) * _scaled_mad(side) ** 2 for side in (a, b))
+    variance = (_PRIOR_RUNS * noise.spread**2 + squares) / freedom
+    half = _t_quantile(confidence, freedom) * math.sqrt(variance * (1 / len(a) + 1 / len(b)))
+    return _estimate(shift, half + math.log1p(noise.floor))
+
+
+def _estimate(shift: float, half: float) -> Estimate:
+    return Estimate(math.exp(shift), math.exp(shift - half), math.exp(shift + half))
+
+
+def _prediction_half_width(medians: Sequence[float], noise: TimerNoise, confidence: float) -> float:
     runs = len(medians)
-    mad = 1.4826 * statistics.median(abs(value - centre) for value in medians)
+    mad = _scaled_mad(medians)
     freedom = _PRIOR_RUNS + runs - 1
     variance = (_PRIOR_RUNS * noise.spread**2 + (runs - 1) * mad**2) / freedom
     return _t_quantile(confidence, freedom) * math.sqrt(variance * (1 + math.pi / (2 * runs)))
 
 
-def _welch_half_width(
-    a: Sequence[float], b: Sequence[float], noise: TimerNoise, confidence: float
-) -> float:
-    """Welch's t interval; a group of one takes the timer's assumed spread."""
+def _scaled_mad(values: Sequence[float]) -> float:
+    """The median absolute deviation, scaled to the standard deviation of a normal distribution."""
+    middle = statistics.median(values)
+    return 1.4826 * statistics.median(abs(value - middle) for value in values)
+
+
+def _welch_half_width(a: Sequence[float], b: Sequence[float], confidence: float) -> float:
+    """Welch's t interval of two groups of two or more."""
     total, squares = 0.0, 0.0
     for group in (a, b):
-        if len(group) > 1:
-            variance, freedom = statistics.variance(group), len(group) - 1
-        else:
-            variance, freedom = noise.spread**2, _PRIOR_RUNS
-        share = variance / len(group)
+        share = statistics.variance(group) / len(group)
         total += share
-        squares += share**2 / freedom
+        squares += share**2 / (len(group) - 1)
     if total == 0.0:
         return 0.0
     return _t_quantile(confidence, total**2 / squares) * math.sqrt(total)

@@ -10,7 +10,7 @@ from typing import Any
 from attnbench.history.rule import Estimate, Reason, Verdict
 from attnbench.history.runs import RunSummary
 from attnbench.history.series import RunValue
-from attnbench.history.verdict import INCOMPLETE_STATUSES, Judgement, SeriesVerdict
+from attnbench.history.verdict import Judgement, SeriesVerdict
 
 #: How many entries of one kind are listed before "and N more".
 _LISTED = 3
@@ -270,16 +270,19 @@ def _slower_lines(verdict: SeriesVerdict) -> list[str]:
     return [_ratio_text(verdict), f"again: {repro_command(verdict.series.identity)}"]
 
 
+def status_reasons(value: RunValue) -> tuple[str, ...]:
+    """Why a run of a point ended as it did; of a wrong output at least how wrong."""
+    if not value.reasons and value.max_abs_error is not None:
+        return (f"max error {value.max_abs_error:.3g}",)
+    return value.reasons
+
+
 def _changed_lines(verdict: SeriesVerdict) -> list[str]:
     status, subject = verdict.subject.status, verdict.subject
     detail = ""
-    if verdict.reasons[0] is Reason.STATUS_CHANGED:
-        reasons = list(subject.reasons)
-        if not reasons and subject.max_abs_error is not None:
-            reasons = [f"max error {subject.max_abs_error:.3g}"]
-        if reasons:
-            more = f"; and {len(reasons) - 1} more" if len(reasons) > 1 else ""
-            detail = f" ({_shorten(reasons[0])}{more})"
+    if verdict.reasons[0] is Reason.STATUS_CHANGED and (reasons := status_reasons(subject)):
+        more = f"; and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+        detail = f" ({_shorten(reasons[0])}{more})"
     since = ""
     if verdict.since and verdict.since.run_id != subject.run_id:
         since = f"   since {level_text(verdict.since)}"
@@ -313,9 +316,9 @@ def _invalid_lines(verdict: SeriesVerdict) -> list[str]:
 
 def _incomplete_lines(judgement: Judgement) -> list[SummaryLine]:
     lines: list[SummaryLine] = []
-    failed = [v for v in judgement.verdicts if v.subject.status in INCOMPLETE_STATUSES]
+    failed = judgement.failures
     for verdict in failed[:_LISTED]:
-        reasons = verdict.subject.reasons
+        reasons = status_reasons(verdict.subject)
         why = f": {_shorten(reasons[0])}" if reasons else ""
         label = "failed" if not lines else ""
         text = f"{point_text(verdict)} {verdict.subject.status}{why}"

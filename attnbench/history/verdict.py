@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from attnbench.errors import ExitCode
 from attnbench.history.rule import (
@@ -41,8 +42,11 @@ NEEDED_COLUMNS = tuple(dict.fromkeys((*SERIES_COLUMNS, *RUN_COLUMNS)))
 #: Statuses of a point that ran and was right.
 _WORKS = frozenset({Status.OK, Status.NOISY, Status.UNTIMED})
 
-#: Statuses that mean the run did not do what was planned.
-INCOMPLETE_STATUSES = frozenset({Status.CRASH, Status.ERROR, Status.TIMEOUT, Status.OOM})
+#: Statuses that mean the run did not do what was planned, worst first.
+INCOMPLETE_STATUSES = (Status.INCORRECT, Status.CRASH, Status.OOM, Status.TIMEOUT, Status.ERROR)
+
+#: What ends the commit of a run whose tree had local edits (`measure.environment` writes it).
+_DIRTY = "+dirty"
 
 #: Which field keeps two series of one point apart, in the order they are named.
 _INCOMPARABLE = {
@@ -78,14 +82,16 @@ class SeriesVerdict:
 class Judgement:
     """What is said of a run. `verdicts` are the worst first.
 
-    `missing` are points the run planned and did not store; `dropped` are titles of points that the
-    run before it measured and this one did not plan.
+    `failures` are what ended in one of `INCOMPLETE_STATUSES`, of judged and other metrics, wrong
+    outputs first. `missing` are points the run planned and did not store; `dropped` are titles of
+    points that the run before it measured and this one did not plan.
     """
 
     run: RunSummary
     previous: RunSummary | None
     environment: EnvironmentChange | None
     verdicts: tuple[SeriesVerdict, ...]
+    failures: tuple[SeriesVerdict, ...] = ()
     missing: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
 
@@ -103,8 +109,8 @@ class Judgement:
 
     @property
     def incomplete(self) -> bool:
-        """Something that was planned could not be measured."""
-        return bool(self.missing) or any(self.run.points.get(s, 0) for s in INCOMPLETE_STATUSES)
+        """Something that was planned could not be measured, or gave a wrong output."""
+        return bool(self.missing or self.failures)
 
     @property
     def verdict(self) -> Verdict:
@@ -165,6 +171,7 @@ def judge(
         previous=previous,
         environment=environment,
         verdicts=tuple(sorted(verdicts, key=_gravity)),
+        failures=_failures(table, run, settings, verdicts),
         missing=tuple(sorted(set(planned or ()) - stored)),
         dropped=_dropped(every, run, previous, stored | set(planned or ())),
     )
@@ -177,7 +184,7 @@ def judge_series(
     require_confirmation: bool = True,
 ) -> SeriesVerdict:
     """Judge one value of a series against the runs before it."""
-    earlier = series.before(subject)
+    earlier = _comparable_runs(series, subject)
     base = SeriesVerdict(
         series=series, subject=subject, verdict=Verdict.UNCHANGED, reasons=(Reason.NO_BASELINE,)
     )
@@ -191,6 +198,39 @@ def judge_series(
         return changed
     baseline = [v for v in earlier if v.is_timed][-settings.window :]
     return _judge_time(base, baseline, settings, require_confirmation)
+
+
+def _comparable_runs(series: Series, subject: RunValue) -> list[RunValue]:
+    """Earlier runs `subject` may be judged by, oldest first.
+
+    A tree with local edits is nobody's level but its own: a clean commit is not judged by it.
+    """
+    earlier = series.before(subject)
+    if subject.commit.endswith(_DIRTY):
+        return list(earlier)
+    return [value for value in earlier if not value.commit.endswith(_DIRTY)]
+
+
+def _failures(
+    table: pa.Table,
+    run: RunSummary,
+    settings: VerdictSettings,
+    verdicts: Sequence[SeriesVerdict],
+) -> tuple[SeriesVerdict, ...]:
+    found = [v for v in verdicts if v.subject.status in INCOMPLETE_STATUSES]
+    # A metric that is only shown fails the run as well: a wrong output is never only shown.
+    own = pc.equal(table["run_id"], run.run_id)
+    failing = pc.is_in(table["status"], pa.array([str(s) for s in INCOMPLETE_STATUSES]))
+    others = pc.invert(pc.is_in(table["metric"], pa.array(list(settings.metrics), pa.string())))
+    points = table.filter(pc.and_(pc.and_(own, failing), others))["point_id"].combine_chunks()
+    rows = table.filter(pc.and_(others, pc.is_in(table["point_id"], points)))
+    found += [
+        judge_series(series, value, settings)
+        for series, value in _subjects(series_of(rows), run)
+        if value.status in INCOMPLETE_STATUSES
+    ]
+    found.sort(key=lambda v: INCOMPLETE_STATUSES.index(v.subject.status))
+    return tuple(found)
 
 
 def _judge_status(base: SeriesVerdict, known: Sequence[RunValue]) -> SeriesVerdict | None:
@@ -322,7 +362,7 @@ def _incomparable(
     for other in of_point:
         if other.key.device_class != key.device_class or other.at(run.run_id) is not None:
             continue
-        if not other.before(verdict.subject):
+        if not _comparable_runs(other, verdict.subject):
             continue
         differing = differing_fields(other, verdict.series)
         note = ", ".join(

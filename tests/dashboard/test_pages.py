@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from attnbench.dashboard import Pages, load_pages, read_matrix
-from attnbench.errors import CorruptDataError, SettingsError
+from attnbench.dashboard import Pages, load_pages, read_matrix, write_matrix
+from attnbench.errors import (
+    CorruptDataError,
+    InfrastructureError,
+    ResultsFolderError,
+    SettingsError,
+)
 
 
 def test_defaults_without_a_file(tmp_path: Path) -> None:
@@ -57,3 +64,22 @@ def test_matrix_file(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(CorruptDataError, match="attnbench matrix --format json"):
             read_matrix(file)
+
+
+def test_the_matrix_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "matrix.json"
+    write_matrix(file, [{"device": "sm90", "block_size": None}])
+    assert read_matrix(file) == [{"device": "sm90", "block_size": None}]
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InfrastructureError, match="free some space"):
+        write_matrix(file, [])
+    assert read_matrix(file) == [{"device": "sm90", "block_size": None}]
+    assert [f.name for f in tmp_path.iterdir()] == ["matrix.json"]
+    with pytest.raises(ResultsFolderError, match="--results"):
+        write_matrix(tmp_path / "none" / "matrix.json", [])

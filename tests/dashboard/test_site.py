@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from attnbench.dashboard import Pages, render
 from attnbench.dashboard.data import chunk_digits
-from attnbench.errors import DataError
+from attnbench.errors import DataError, ExitCode, InfrastructureError
 from attnbench.history.runs import runs_of
 from attnbench.history.verdict import judge
 from tests.dashboard.reading import index_rows, read_data, series_id
@@ -126,6 +127,32 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     table = table_of(history(runs=1))
     with pytest.raises(DataError, match="give another --site"):
         render(table, runs_of(table), judge(table), tmp_path / "file" / "site")
+
+
+def test_a_full_disk_is_the_machines_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    table = table_of(history(runs=1))
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InfrastructureError, match="free some space there") as caught:
+        render(table, runs_of(table), judge(table), tmp_path)
+    assert caught.value.exit_code is ExitCode.INCOMPLETE
+
+
+def test_the_summary_lies_beside_the_index(tmp_path: Path) -> None:
+    table = table_of(history(runs=1))
+    render(table, runs_of(table), judge(table), tmp_path, summary="### night · ok\n")
+    assert (tmp_path / "summary.md").read_text(encoding="utf-8") == "### night · ok\n"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_overview_lists_a_first_nights_wrong_output(tmp_path: Path) -> None:
+    table = table_of([row(0, status="INCORRECT", reasons=("max error 0.3 in request 2",))])
+    render(table, runs_of(table), judge(table), tmp_path)
+    text = Links((tmp_path / "index.html").read_text()).text
+    assert "max error 0.3 in request 2" in text
+    assert "exit code 4" in text
 
 
 def test_overview_of_three_thousand_series_is_below_one_megabyte(tmp_path: Path) -> None:

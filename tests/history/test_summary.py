@@ -21,11 +21,12 @@ from tests.history.fake import DEVICE, history, row, table_of, timed
 
 GOLDEN = """\
 attnbench nightly · 2026-11-20 · cpu-xeon-2c · 0bc0ffe (3 commits since the last run)
-verdict   REGRESSION: 1 confirmed, 1 support change     exit 1
+verdict   REGRESSION: 1 confirmed, 1 support change, incomplete     exit 1
 measured  21 points: 19 OK, 1 INCORRECT, 1 UNSUPPORTED  6 min 12 s
 slower    CPU_ATTN decode 16q1s4k llama-3-8b fp32   +27.8 % [+9.1, +49.7]   since 0ac0ffe
           again: attnbench run 16q1s4k --shape llama-3-8b --backend CPU_ATTN --dtype fp32
 changed   FLEX_ATTENTION decode 4q1s4k phi-3-mini fp32: OK -> INCORRECT (max error 0.31)
+failed    FLEX_ATTENTION decode 4q1s4k phi-3-mini fp32 INCORRECT: max error 0.31
 pages     dashboards/site/index.html"""
 
 
@@ -78,6 +79,25 @@ def test_failures_missing_and_invalid_have_their_reasons() -> None:
         "invalid   TORCH_SDPA decode 4q1s4k llama-3-8b fp32: timer was event and is graph" in text
     )
     assert "incomplete" in text
+
+
+def test_a_wrong_output_is_named_first_on_the_first_night_and_on_every_other() -> None:
+    rows = [
+        row(night, backend=backend, status=status, reasons=(), max_abs_error=0.25)
+        for night in range(3)
+        for backend, status in (
+            ("A", "ERROR"),
+            ("B", "CRASH"),
+            ("C", "OOM"),
+            ("D", "TIMEOUT"),
+            ("E", "INCORRECT"),
+        )
+    ]
+    for nights in (1, 3):
+        text = text_of([*rows[: 5 * nights]])
+        assert "failed    E decode 4q1s4k llama-3-8b fp32 INCORRECT: max error 0.25" in text
+        assert "and 2 more: attnbench history" in text
+        assert "incomplete     exit 4" in text
 
 
 def test_long_lists_are_cut() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -147,7 +148,59 @@ def test_every_kind_of_lost_support_is_a_regression(bad: str) -> None:
     found = judged(statuses("OK", bad))
     assert found.verdicts[0].reasons[0] is Reason.STATUS_CHANGED
     assert found.exit_code is ExitCode.REGRESSION
-    assert found.incomplete == (bad not in ("UNSUPPORTED", "INCORRECT"))
+    assert found.incomplete == (bad != "UNSUPPORTED")
+
+
+@pytest.mark.parametrize("before", [(), ("INCORRECT",), ("THROTTLED",)], ids=len)
+def test_a_wrong_output_is_never_exit_0(before: tuple[str, ...]) -> None:
+    found = judged(statuses(*before, "INCORRECT"))
+    assert found.verdict is Verdict.UNCHANGED
+    assert [v.subject.status for v in found.failures] == ["INCORRECT"]
+    assert found.exit_code is ExitCode.INCOMPLETE
+
+
+def test_a_wrong_output_of_a_metric_that_is_only_shown_fails_the_run_too() -> None:
+    wrong = row(0, metric="kv_cache_write", status="INCORRECT", reasons=("wrong",))
+    found = judged([*timed([1e-3]), wrong])
+    assert [v.series.key.metric for v in found.verdicts] == ["attention"]
+    assert [v.series.key.metric for v in found.failures] == ["kv_cache_write"]
+    assert found.exit_code is ExitCode.INCOMPLETE
+    # It is the series that worked before, though a failed row does not know its timer.
+    before = row(0, metric="kv_cache_write")
+    later = replace(wrong, run_id=row(1).run_id, started_at=row(1).started_at, timer="")
+    (failure,) = judged([before, row(1), later]).failures
+    assert failure.series.key.timer == "wall"
+
+
+def test_a_first_night_that_throttled_is_invalid() -> None:
+    found = judged(statuses("THROTTLED"))
+    assert (found.verdict, found.exit_code) == (Verdict.INVALID, ExitCode.UNDECIDED)
+
+
+def test_a_clean_commit_is_not_judged_by_a_tree_with_local_edits() -> None:
+    clean, dirty = "a" * 40, "b" * 40 + "+dirty"
+
+    def reason(*commits: str) -> Reason:
+        rows = [
+            measured
+            for i, commit in enumerate(commits)
+            for measured in timed([1e-3 if commit is clean else 3e-3], i, commit=commit)
+        ]
+        return judged(rows).verdicts[0].reasons[0]
+
+    assert reason(dirty, clean) is Reason.NO_BASELINE
+    assert reason(clean, dirty, dirty, clean) is Reason.WITHIN_FLOOR
+    # The other way round is what a developer asks: did my edits make it slower?
+    assert reason(clean, dirty) is Reason.NOT_CONFIRMED_YET
+    assert reason(dirty, dirty) is Reason.WITHIN_FLOOR
+
+
+def test_statuses_and_timers_of_a_tree_with_local_edits_do_not_count_either() -> None:
+    dirty = "b" * 40 + "+dirty"
+    worked = [row(0, commit=dirty), row(1, status="UNSUPPORTED", reasons=("no",))]
+    assert judged(worked).verdicts[0].reasons[0] is Reason.NO_BASELINE
+    other = timed([1e-3], timer="event", commit=dirty) + timed([1e-3], 1, timer="graph")
+    assert judged(other).verdicts[0].reasons[0] is Reason.NO_BASELINE
 
 
 def test_a_refusal_that_became_a_wrong_output_is_a_regression() -> None:
