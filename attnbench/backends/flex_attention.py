@@ -62,9 +62,9 @@ class FlexAttentionBackend(AttentionBackend):
         return FlexAttentionMetadataBuilder
 
     @classmethod
-    def get_unavailable_reason(cls) -> str | None:
+    def unavailable_reason(cls, device: Device) -> str | None:
         compiler = os.environ.get("CXX", "g++")
-        if torch.cuda.is_available() or shutil.which(compiler):
+        if device.kind != "cpu" or shutil.which(compiler):
             return None
         return (
             f"torch.compile needs a C++ compiler on the CPU and {compiler!r} is not found; "

@@ -16,6 +16,7 @@ from attnbench.backends import flex_attention
 from attnbench.backends.device import Device
 from attnbench.backends.flex_attention import FlexAttentionBackend
 from attnbench.backends.kv_cache import HIDDEN_POISON
+from attnbench.backends.registry import backend_status
 from attnbench.workload import Workload
 from tests.backends.running import Run, config_of, refusals
 from tests.backends.test_torch_backends import SMALL, WORKLOADS
@@ -167,7 +168,9 @@ def test_refuses_what_it_cannot() -> None:
 
 def test_says_which_compiler_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    reason = FlexAttentionBackend.get_unavailable_reason()
+    status = backend_status.__wrapped__  # its answer is kept for the life of the process
+    reason = status("FLEX_ATTENTION", Device("cpu"))
     assert reason is not None
     assert "'no-such-compiler' is not found; install one (apt-get install g++)" in reason
+    # Its other users generate code for their GPU, not C++.
+    assert status("FLEX_ATTENTION", Device("cuda", "sm90")) is None
