@@ -19,10 +19,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from attnbench.backends.abstract import AttentionBackend
 from attnbench.backends.attend import add_sink, attend, causal_rows, merge_into, merge_splits
 from attnbench.backends.builder import AttentionMetadataBuilder
+from attnbench.backends.cache_shapes import PairedCacheBackend
 from attnbench.backends.device import Device
+from attnbench.backends.dtypes import FLOAT_AND_FP8_CACHES
 from attnbench.backends.impl import AttentionImpl, AttentionLayer
 from attnbench.backends.masks import additive, alibi_bias, visible
 from attnbench.backends.metadata import CommonAttentionMetadata
@@ -39,20 +40,13 @@ _PREFILL_CHUNK_BYTES = 8 << 20
 _MASKED_TILE = 512
 
 
-class CPUAttentionBackend(AttentionBackend):
+class CPUAttentionBackend(PairedCacheBackend):
     supported_dtypes: ClassVar[tuple[torch.dtype, ...]] = (
         torch.float16,
         torch.bfloat16,
         torch.float32,
     )
-    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]] = (
-        "auto",
-        "fp32",
-        "fp16",
-        "bf16",
-        "fp8_e4m3",
-        "fp8_e5m2",
-    )
+    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]] = FLOAT_AND_FP8_CACHES
 
     @staticmethod
     def get_name() -> str:
@@ -65,23 +59,6 @@ class CPUAttentionBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
         return CPUAttentionMetadataBuilder
-
-    @staticmethod
-    def get_kv_cache_shape(
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_size: int,
-        cache_dtype_str: str = "auto",
-    ) -> tuple[int, ...]:
-        return (2, num_blocks, block_size, num_kv_heads, head_size)
-
-    @staticmethod
-    def get_kv_cache_stride_order(
-        include_num_layers_dimension: bool = False, kv_cache_layout: str = "NHD"
-    ) -> tuple[int, ...]:
-        order = (0, 1, 2, 3, 4) if kv_cache_layout == "NHD" else (0, 1, 3, 2, 4)
-        return (0, *(i + 1 for i in order)) if include_num_layers_dimension else order
 
     @classmethod
     def supports_device(cls, device: Device) -> bool:

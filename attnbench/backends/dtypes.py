@@ -19,6 +19,16 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 
+#: `kv_cache_dtype`s of a kernel that reads every format above; fp8 with one scale a tensor.
+FLOAT_AND_FP8_CACHES: tuple[str, ...] = (
+    "auto",
+    "fp32",
+    "fp16",
+    "bf16",
+    "fp8_e4m3",
+    "fp8_e5m2",
+)
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of `fp32`, `fp16`, `bf16`, `fp8_e4m3` or `fp8_e5m2`.

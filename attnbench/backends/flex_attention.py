@@ -23,8 +23,9 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from attnbench.backends.abstract import AttentionBackend, AttentionConfig
+from attnbench.backends.abstract import AttentionConfig
 from attnbench.backends.builder import AttentionMetadataBuilder
+from attnbench.backends.cache_shapes import PairedCacheBackend
 from attnbench.backends.device import Device
 from attnbench.backends.dtypes import dtype_name
 from attnbench.backends.flex_blocks import block_lists, visible_pages
@@ -41,7 +42,7 @@ _MIN_GPU_TILE = 16
 _MIN_CAPACITY = 1 << 12
 
 
-class FlexAttentionBackend(AttentionBackend):
+class FlexAttentionBackend(PairedCacheBackend):
     supported_dtypes: ClassVar[tuple[torch.dtype, ...]] = (
         torch.float16,
         torch.bfloat16,
@@ -70,16 +71,6 @@ class FlexAttentionBackend(AttentionBackend):
             f"torch.compile needs a C++ compiler on the CPU and {compiler!r} is not found; "
             "install one (apt-get install g++) or name it in CXX"
         )
-
-    @staticmethod
-    def get_kv_cache_shape(
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_size: int,
-        cache_dtype_str: str = "auto",
-    ) -> tuple[int, ...]:
-        return (2, num_blocks, block_size, num_kv_heads, head_size)
 
     @staticmethod
     def get_kv_cache_stride_order(

@@ -24,10 +24,11 @@ from typing import ClassVar
 
 import torch
 
-from attnbench.backends.abstract import AttentionBackend
 from attnbench.backends.attend import attend, causal_rows, merge_into, merge_splits
 from attnbench.backends.builder import AttentionMetadataBuilder
+from attnbench.backends.cache_shapes import LatentCacheBackend
 from attnbench.backends.device import Device
+from attnbench.backends.dtypes import FLOAT_AND_FP8_CACHES
 from attnbench.backends.impl import MLAAttentionImpl, MLALayer
 from attnbench.backends.metadata import CommonAttentionMetadata
 from attnbench.backends.paged_ops import dequantize, gather_tokens, write_slots
@@ -39,20 +40,13 @@ _TILE_BYTES = 1 << 20
 _CHUNK_BYTES = 32 << 20
 
 
-class TorchMLABackend(AttentionBackend):
+class TorchMLABackend(LatentCacheBackend):
     supported_dtypes: ClassVar[tuple[torch.dtype, ...]] = (
         torch.float16,
         torch.bfloat16,
         torch.float32,
     )
-    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]] = (
-        "auto",
-        "fp32",
-        "fp16",
-        "bf16",
-        "fp8_e4m3",
-        "fp8_e5m2",
-    )
+    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]] = FLOAT_AND_FP8_CACHES
 
     @staticmethod
     def get_name() -> str:
@@ -65,27 +59,6 @@ class TorchMLABackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[TorchMLAMetadataBuilder]:
         return TorchMLAMetadataBuilder
-
-    @staticmethod
-    def get_kv_cache_shape(
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_size: int,
-        cache_dtype_str: str = "auto",
-    ) -> tuple[int, ...]:
-        return (num_blocks, block_size, head_size)
-
-    @staticmethod
-    def get_kv_cache_stride_order(
-        include_num_layers_dimension: bool = False, kv_cache_layout: str = "NHD"
-    ) -> tuple[int, ...]:
-        """A latent has one head: both layouts are the same memory."""
-        return tuple(range(4 if include_num_layers_dimension else 3))
-
-    @classmethod
-    def is_mla(cls) -> bool:
-        return True
 
     @classmethod
     def supports_device(cls, device: Device) -> bool:

@@ -17,9 +17,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnbench.backends.abstract import AttentionBackend, AttentionConfig
+from attnbench.backends.abstract import AttentionConfig
 from attnbench.backends.builder import AttentionMetadataBuilder
+from attnbench.backends.cache_shapes import PairedCacheBackend
 from attnbench.backends.device import Device
+from attnbench.backends.dtypes import FLOAT_AND_FP8_CACHES
 from attnbench.backends.impl import AttentionImpl, AttentionLayer
 from attnbench.backends.masks import additive, alibi_bias, visible
 from attnbench.backends.metadata import CommonAttentionMetadata
@@ -40,7 +42,7 @@ _VARIANTS = {
 }
 
 
-class TorchSDPABackend(AttentionBackend):
+class TorchSDPABackend(PairedCacheBackend):
     """Variants: `""` is torch's own choice among its kernels; a name is that kernel or an error."""
 
     supported_dtypes: ClassVar[tuple[torch.dtype, ...]] = (
@@ -48,14 +50,7 @@ class TorchSDPABackend(AttentionBackend):
         torch.bfloat16,
         torch.float32,
     )
-    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]] = (
-        "auto",
-        "fp32",
-        "fp16",
-        "bf16",
-        "fp8_e4m3",
-        "fp8_e5m2",
-    )
+    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]] = FLOAT_AND_FP8_CACHES
 
     @staticmethod
     def get_name() -> str:
@@ -72,23 +67,6 @@ class TorchSDPABackend(AttentionBackend):
     @classmethod
     def get_variants(cls, device: Device) -> tuple[str, ...]:
         return _VARIANTS.get(device.kind, ("",))
-
-    @staticmethod
-    def get_kv_cache_shape(
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_size: int,
-        cache_dtype_str: str = "auto",
-    ) -> tuple[int, ...]:
-        return (2, num_blocks, block_size, num_kv_heads, head_size)
-
-    @staticmethod
-    def get_kv_cache_stride_order(
-        include_num_layers_dimension: bool = False, kv_cache_layout: str = "NHD"
-    ) -> tuple[int, ...]:
-        order = (0, 1, 2, 3, 4) if kv_cache_layout == "NHD" else (0, 1, 3, 2, 4)
-        return (0, *(i + 1 for i in order)) if include_num_layers_dimension else order
 
     @classmethod
     def supports_attn_type(cls, attn_type: AttentionType) -> bool:

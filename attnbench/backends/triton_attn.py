@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from attnbench.backends.abstract import AttentionBackend, AttentionConfig, is_quantized_kv_cache
+from attnbench.backends.abstract import AttentionConfig, is_quantized_kv_cache
 from attnbench.backends.builder import AttentionCGSupport, AttentionMetadataBuilder, KVCacheSpec
+from attnbench.backends.cache_shapes import PairedCacheBackend
 from attnbench.backends.device import Device, DeviceCapability
-from attnbench.backends.dtypes import torch_dtype
+from attnbench.backends.dtypes import FLOAT_AND_FP8_CACHES, torch_dtype
 from attnbench.backends.impl import AttentionImpl, AttentionLayer
 from attnbench.backends.metadata import CommonAttentionMetadata
 from attnbench.backends.triton_attn_launch import (
@@ -85,7 +86,7 @@ class TritonAttentionMetadata:
     groups: tuple[TileGroup, ...]
 
 
-class TritonAttentionBackend(AttentionBackend):
+class TritonAttentionBackend(PairedCacheBackend):
     """Paged variable-length attention, prefill and decode, by kernels written for this project.
 
     Where keys and values differ in size, both have the wider one's room in the cache.
@@ -96,14 +97,7 @@ class TritonAttentionBackend(AttentionBackend):
         torch.bfloat16,
         torch.float32,
     )
-    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]] = (
-        "auto",
-        "fp32",
-        "fp16",
-        "bf16",
-        "fp8_e4m3",
-        "fp8_e5m2",
-    )
+    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]] = FLOAT_AND_FP8_CACHES
     install_hint: ClassVar[str] = "pip install triton"
     interpreted_on_cpu: ClassVar[bool] = True
 
@@ -118,26 +112,6 @@ class TritonAttentionBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[TritonAttentionMetadataBuilder]:
         return TritonAttentionMetadataBuilder
-
-    @staticmethod
-    def get_kv_cache_shape(
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_size: int,
-        cache_dtype_str: str = "auto",
-    ) -> tuple[int, ...]:
-        return (2, num_blocks, block_size, num_kv_heads, head_size)
-
-    @staticmethod
-    def get_kv_cache_stride_order(
-        include_num_layers_dimension: bool = False, kv_cache_layout: str = "NHD"
-    ) -> tuple[int, ...]:
-        order = (0, 1, 2, 3, 4) if kv_cache_layout == "NHD" else (0, 1, 3, 2, 4)
-        if not include_num_layers_dimension:
-            return order
-        # Blocks outermost: one block of all layers is one contiguous piece to transfer.
-        return (2, 0, 1, *(dim + 1 for dim in order[2:]))
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:

@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from attnbench.backends.abstract import AttentionBackend, AttentionConfig, is_quantized_kv_cache
+from attnbench.backends.abstract import AttentionConfig, is_quantized_kv_cache
 from attnbench.backends.builder import AttentionCGSupport, AttentionMetadataBuilder, KVCacheSpec
+from attnbench.backends.cache_shapes import LatentCacheBackend
 from attnbench.backends.device import Device, DeviceCapability
-from attnbench.backends.dtypes import movable, torch_dtype
+from attnbench.backends.dtypes import FLOAT_AND_FP8_CACHES, movable, torch_dtype
 from attnbench.backends.impl import MLAAttentionImpl, MLALayer
 from attnbench.backends.metadata import CommonAttentionMetadata
 from attnbench.backends.triton_attn import (
@@ -89,7 +90,7 @@ class TritonMLAMetadata:
     prefill: TritonMLAPrefill | None
 
 
-class TritonMLABackend(AttentionBackend):
+class TritonMLABackend(LatentCacheBackend):
     """Multi-head latent attention, decode and prefill, by kernels written for this project."""
 
     supported_dtypes: ClassVar[tuple[torch.dtype, ...]] = (
@@ -97,15 +98,7 @@ class TritonMLABackend(AttentionBackend):
         torch.bfloat16,
         torch.float32,
     )
-    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]] = (
-        "auto",
-        "fp32",
-        "fp16",
-        "bf16",
-        "fp8_e4m3",
-        "fp8_e5m2",
-    )
-    supported_layouts: ClassVar[tuple[str, ...]] = ("NHD", "HND")  # one head: the same memory
+    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]] = FLOAT_AND_FP8_CACHES
     install_hint: ClassVar[str] = "pip install triton"
     interpreted_on_cpu: ClassVar[bool] = True
 
@@ -120,26 +113,6 @@ class TritonMLABackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[TritonMLAMetadataBuilder]:
         return TritonMLAMetadataBuilder
-
-    @staticmethod
-    def get_kv_cache_shape(
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_size: int,
-        cache_dtype_str: str = "auto",
-    ) -> tuple[int, ...]:
-        return (num_blocks, block_size, head_size)
-
-    @staticmethod
-    def get_kv_cache_stride_order(
-        include_num_layers_dimension: bool = False, kv_cache_layout: str = "NHD"
-    ) -> tuple[int, ...]:
-        return (1, 0, 2, 3) if include_num_layers_dimension else (0, 1, 2)
-
-    @classmethod
-    def is_mla(cls) -> bool:
-        return True
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:

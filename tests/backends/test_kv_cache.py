@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from attnbench.backends.abstract import AttentionBackend
 from attnbench.backends.batch import AttentionBatch, make_batch
 from attnbench.backends.builder import KVCacheSpec
+from attnbench.backends.cache_shapes import LatentCacheBackend, PairedCacheBackend
 from attnbench.backends.kv_cache import (
     HIDDEN_POISON,
     allocate_kv_cache,
@@ -200,3 +201,17 @@ def test_a_layout_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(WorkloadError, match=mend):
         allocate_kv_cache(backend, spec_of(), 5, "cpu")
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("base", [PairedCacheBackend, LatentCacheBackend])
+def test_one_block_of_all_layers_is_one_piece(
+    base: type[PairedCacheBackend | LatentCacheBackend], layout: str
+) -> None:
+    shape = (3, *base.get_kv_cache_shape(5, 16, 2, 8))
+    order = base.get_kv_cache_stride_order(True, layout)
+    physical = torch.arange(math.prod(shape)).reshape([shape[dim] for dim in order])
+    logical = physical.permute([order.index(dim) for dim in range(len(order))])
+    assert logical.shape == shape
+    block = logical.select(1 + base.get_kv_cache_block_dim(16, 2, 8), 2).flatten().sort().values
+    assert torch.equal(block, torch.arange(block.numel()) + 2 * block.numel())
