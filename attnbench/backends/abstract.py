@@ -104,8 +104,23 @@ class AttentionBackend(ABC):
         return ("",)
 
     @classmethod
+    def default_variant(cls, config: AttentionConfig, device: Device) -> str:
+        """The variant that runs `config` when none is asked for."""
+        return cls.get_variants(device)[0]
+
+    @classmethod
+    def variant_refusal(cls, variant: str, config: AttentionConfig, device: Device) -> str | None:
+        """Why `variant` refuses what the backend accepts, here or elsewhere; None: it does not."""
+        return None
+
+    @classmethod
     def unavailable_reason(cls, device: Device) -> str | None:
         """Why this process cannot run it on `device` although it is supported; None: it can."""
+        return None
+
+    @classmethod
+    def variant_unavailable(cls, variant: str, device: Device) -> str | None:
+        """As `unavailable_reason`, of one variant."""
         return None
 
     @classmethod
@@ -113,6 +128,15 @@ class AttentionBackend(ABC):
         """Why `workload` is too large for Triton's interpreter, which takes milliseconds a tile;
         None: it is not. Only asked where `interpreted_on_cpu`."""
         return None
+
+    @classmethod
+    def compilation_key(cls, workload: WorkloadFields, variant: str, device: Device) -> str:
+        """What a kernel that is compiled at its first call is compiled for; "": none is.
+
+        Workloads with equal keys share a kernel, which a compiler keeps on disk for later
+        processes. A key that tells too many apart costs time, nothing else.
+        """
+        return ""
 
     # --- KV cache ----------------------------------------------------------------------------
     @staticmethod

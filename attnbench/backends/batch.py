@@ -306,7 +306,9 @@ def _make_sinks(
     longest = max(r.seq_len for r in requests)
     window = workload.shape.sliding_window
     seen = min(longest, window) if window else longest
-    return (noise + torch.tensor(float(seen)).log() + 1.0).to(device)
+    sinks = noise + torch.tensor(float(seen)).log() + 1.0
+    # As models store them, and as FlashAttention 3 takes them: exact in bf16.
+    return sinks.to(torch.bfloat16).float().to(device)
 
 
 def _make_metadata(

@@ -71,6 +71,11 @@ class AttentionMetadataBuilder(ABC, Generic[M]):
     def get_cudagraph_support(cls, spec: KVCacheSpec) -> AttentionCGSupport:
         return cls._cudagraph_support
 
+    @property
+    def cudagraph_support(self) -> AttentionCGSupport:
+        """What `get_cudagraph_support` says, of this builder's variant."""
+        return self.get_cudagraph_support(self.spec)
+
     @abstractmethod
     def build(
         self,

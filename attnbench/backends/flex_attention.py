@@ -32,7 +32,7 @@ from attnbench.backends.flex_blocks import block_lists, visible_pages
 from attnbench.backends.impl import AttentionImpl, AttentionLayer
 from attnbench.backends.metadata import CommonAttentionMetadata
 from attnbench.backends.paged_ops import write_slots
-from attnbench.workload.types import AttentionType
+from attnbench.workload.types import AttentionType, WorkloadFields
 
 #: Query rows of one block of the mask; a batch of single-token decodes has one row per block on
 #: the CPU, where a block of several requests would compute all their keys for each of them.
@@ -71,6 +71,16 @@ class FlexAttentionBackend(PairedCacheBackend):
             f"torch.compile needs a C++ compiler on the CPU and {compiler!r} is not found; "
             "install one (apt-get install g++) or name it in CXX"
         )
+
+    @classmethod
+    def compilation_key(cls, workload: WorkloadFields, variant: str, device: Device) -> str:
+        requests = workload.batch_spec.requests
+        blocks = sum(-(-request.seq_len // workload.block_size) for request in requests)
+        rows = sum(request.query_len for request in requests)
+        lookups = len(requests) * (blocks + max(5, blocks // 16))
+        is_decode = max(request.query_len for request in requests) == 1
+        kind = (workload.dtype, workload.shape, workload.block_size, workload.attn_type, is_decode)
+        return f"{kind} {_capacity(max(rows + 1, lookups))}"
 
     @staticmethod
     def get_kv_cache_stride_order(
@@ -164,9 +174,7 @@ class SlotTable:
         block_size: int,
         device: torch.device,
     ) -> SlotTable:
-        capacity = _MIN_CAPACITY
-        while capacity < max(len(limit) + 1, len(logical_block)):
-            capacity *= 16
+        capacity = _capacity(max(len(limit) + 1, len(logical_block)))
 
         def static(x: torch.Tensor) -> torch.Tensor:
             table = torch.zeros(capacity, dtype=torch.int32)
@@ -231,6 +239,14 @@ class SlotTable:
             return score
 
         return modified
+
+
+def _capacity(needed: int) -> int:
+    """The smallest size of a slot table that is compiled for and holds `needed` entries."""
+    capacity = _MIN_CAPACITY
+    while capacity < needed:
+        capacity *= 16
+    return capacity
 
 
 def _static(x: torch.Tensor) -> torch.Tensor:

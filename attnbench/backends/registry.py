@@ -44,13 +44,13 @@ _BUILT_IN: dict[str, tuple[str, str]] = {
     "TRITON_ATTN": (f"{_HERE}.triton_attn.TritonAttentionBackend", "pip install triton"),
     "FLEX_ATTENTION": (f"{_HERE}.flex_attention.FlexAttentionBackend", "pip install torch"),
     "CPU_ATTN": (f"{_HERE}.cpu_attn.CPUAttentionBackend", "pip install torch"),
+    "FLASH_ATTN": (f"{_HERE}.flash_attn.FlashAttentionBackend", "pip install vllm==0.22.1"),
     "TRITON_MLA": (f"{_HERE}.triton_mla.TritonMLABackend", "pip install triton"),
     "TORCH_MLA": (f"{_HERE}.torch_mla.TorchMLABackend", "pip install torch"),
 }
 
 #: Families vLLM's chains name and attnbench cannot run yet: known to the selector only.
 _SELECTION_ONLY: dict[str, str] = {
-    "FLASH_ATTN": "FlashAttention",
     "FLASH_ATTN_DIFFKV": "FlashAttentionDiffKV",
     "FLASHINFER": "FlashInfer",
     "TURBOQUANT": "TurboQuant",
@@ -246,10 +246,10 @@ def get_backend_class(name: str) -> type[AttentionBackend]:
 
 
 @cache
-def backend_status(name: str, device: Device | None = None) -> str | None:
+def backend_status(name: str, device: Device | None = None, variant: str = "") -> str | None:
     """None when the backend's library is here, else why not and what to install.
 
-    With `device` also whether this process can run it there.
+    With `device` also whether this process can run it there, with `variant` that variant of it.
 
     Raises: UnknownBackendError.
     """
@@ -265,4 +265,6 @@ def backend_status(name: str, device: Device | None = None) -> str | None:
     except (ImportError, OSError) as error:
         mend = cls.install_hint or backend_entry(name).install or f"see {cls.__module__}"
         return f"its library cannot be imported ({type(error).__name__}: {error}); {mend}"
-    return None if device is None else cls.unavailable_reason(device)
+    if device is None:
+        return None
+    return cls.unavailable_reason(device) or cls.variant_unavailable(variant, device)

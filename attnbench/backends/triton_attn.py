@@ -29,6 +29,7 @@ from attnbench.backends.triton_launch import (
     is_interpreted,
     launch_device,
     multiprocessors,
+    next_power_of_two,
     plan_tile_groups,
 )
 from attnbench.errors import BackendUnavailableError, UsageError
@@ -162,6 +163,10 @@ class TritonAttentionBackend(PairedCacheBackend):
         return triton_unavailable_reason(device)
 
     @classmethod
+    def compilation_key(cls, workload: WorkloadFields, variant: str, device: Device) -> str:
+        return triton_compilation_key(workload)
+
+    @classmethod
     def interpreter_refusal(cls, workload: WorkloadFields) -> str | None:
         shape = workload.shape
         group = shape.num_heads // shape.num_kv_heads
@@ -181,6 +186,14 @@ def interpreter_limit(tiles: int) -> str | None:
         f"{tiles} tiles are too many for Triton's interpreter on the CPU "
         f"(limit {INTERPRETER_MAX_TILES}, 10 to 25 ms each); use fewer heads or tokens, or a GPU"
     )
+
+
+def triton_compilation_key(workload: WorkloadFields) -> str:
+    """Numbers a kernel is compiled for, and the lengths that tile shapes are chosen by."""
+    query_lens = {request.query_len for request in workload.batch_spec.requests}
+    lengths = (sorted({next_power_of_two(n) for n in query_lens}), len(query_lens) == 1)
+    types = (workload.dtype, workload.kv_cache_dtype, workload.attn_type)
+    return f"{types} {workload.shape} {workload.block_size} {lengths}"
 
 
 class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMetadata]):

@@ -29,6 +29,7 @@ from attnbench.backends.triton_attn import (
     interpreter_limit,
     require_launchable,
     triton_combination_refusal,
+    triton_compilation_key,
     triton_unavailable_reason,
 )
 from attnbench.backends.triton_attn_launch import (
@@ -136,6 +137,10 @@ class TritonMLABackend(LatentCacheBackend):
     @classmethod
     def unavailable_reason(cls, device: Device) -> str | None:
         return triton_unavailable_reason(device)
+
+    @classmethod
+    def compilation_key(cls, workload: WorkloadFields, variant: str, device: Device) -> str:
+        return triton_compilation_key(workload)
 
     @classmethod
     def interpreter_refusal(cls, workload: WorkloadFields) -> str | None:

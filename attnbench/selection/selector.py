@@ -116,7 +116,7 @@ def _consider(
     name, _, variant = (requested or "").partition(":")
     if name:
         backend_entry(name)  # raises for a name nobody registered
-        looked_at = [_candidate(name, Source.EXPLICIT, 0, config, device, present)]
+        looked_at = [_candidate(name, Source.EXPLICIT, 0, config, device, present, variant)]
     else:
         looked_at = [
             _candidate(name, Source.CHAIN, priority, config, device, present)
@@ -136,7 +136,7 @@ def _consider(
         )
     return Selection(
         backend=chosen.name if chosen else "",
-        variant=_variant(chosen.name, variant, device) if chosen else "",
+        variant=_variant(chosen.name, variant, config, device) if chosen else "",
         source=chosen.source if chosen else looked_at[0].source,
         device=device,
         device_is_present=present,
@@ -156,6 +156,7 @@ def _candidate(
     config: AttentionConfig,
     device: Device,
     present: bool,
+    variant: str = "",
 ) -> Candidate:
     try:
         cls = get_backend_class(name)
@@ -163,21 +164,26 @@ def _candidate(
         # Without the class there are no predicates to ask, here or for a device elsewhere.
         return Candidate(name, source, priority, (str(error),))
     reasons = cls.validate_configuration(config, device)
+    variant = variant or cls.default_variant(config, device)
+    if not reasons and (refusal := cls.variant_refusal(variant, config, device)):
+        reasons.append(refusal)
     if present:
         # Whether it can run there is no question for a device the family does not exist for.
-        status = backend_status(name, device if cls.supports_device(device) else None)
+        where = device if cls.supports_device(device) else None
+        status = backend_status(name, where, variant)
         reasons += [status] if status else []
     return Candidate(name, source, priority, tuple(reasons), _note(name, cls, config, device))
 
 
-def _variant(name: str, wanted: str, device: Device) -> str:
-    variants = get_backend_class(name).get_variants(device)
+def _variant(name: str, wanted: str, config: AttentionConfig, device: Device) -> str:
+    cls = get_backend_class(name)
+    variants = cls.get_variants(device)
     if wanted and wanted not in variants:
         known = ", ".join(variant for variant in variants if variant) or "none"
         raise SelectionError(
             f"backend {name} has no variant {wanted!r} on device {device}; it has: {known}"
         )
-    return wanted or variants[0]
+    return wanted or cls.default_variant(config, device)
 
 
 def _note(name: str, cls: type[AttentionBackend], config: AttentionConfig, device: Device) -> str:

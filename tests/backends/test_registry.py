@@ -31,6 +31,7 @@ RUNNABLE = (
     "TRITON_ATTN",
     "FLEX_ATTENTION",
     "CPU_ATTN",
+    "FLASH_ATTN",
     "TRITON_MLA",
     "TORCH_MLA",
 )

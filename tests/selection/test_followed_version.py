@@ -248,6 +248,9 @@ def test_a_declared_class_answers_for_each_device_it_is_asked_about() -> None:
         ("FLEX_ATTENTION", "sm90", {"attn_type": AttentionType.ENCODER_DECODER}, True, False),
         ("TRITON_MLA", "sm90", {**R1_MLA, "dtype": torch.float32}, True, False),
         ("TRITON_MLA", "sm75", R1_MLA, False, True),
+        ("FLASH_ATTN", "sm90", {"head_size": 512}, False, True),
+        ("FLASH_ATTN", "sm100", {"has_sink": True}, False, True),
+        ("FLASH_ATTN", "sm90", {"has_sink": True, "num_heads": 128}, False, True),
         ("CPU_ATTN", "cpu", {"has_sink": True}, True, False),
     ],
 )

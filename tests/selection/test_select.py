@@ -121,7 +121,7 @@ class TestChain:
         assert selection.source is Source.FALLBACK
         fallbacks = [c.name for c in selection.candidates if c.source is Source.FALLBACK]
         assert "TORCH_SDPA" in fallbacks
-        assert "FLASH_ATTN" not in fallbacks
+        assert "FLASHINFER" not in fallbacks
         assert set(fallbacks).isdisjoint(ToyPlatform.chain)
 
     def test_nothing_accepts_names_every_candidate_with_every_reason(self) -> None:
@@ -225,12 +225,12 @@ def test_a_declared_family_can_be_asked_for_on_a_named_device_only() -> None:
         use_mla=True, head_size=576, v_head_size=128, qk_nope_head_dim=128, qk_rope_head_dim=64
     )
     assert select(mla, SM90, "FLASHMLA").backend == "FLASHMLA"
-    reasons = consider(PLAIN, resolve_device("cpu"), "FLASH_ATTN").candidates[0].reasons
+    reasons = consider(PLAIN, resolve_device("cpu"), "FLASHINFER").candidates[0].reasons
     assert "device cpu not supported" in reasons
     assert any(reason.startswith("selection only: ") for reason in reasons)
 
 
-def test_a_present_gpu_skips_what_attnbench_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_present_gpu_skips_what_this_process_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     from attnbench.selection.builtin_platforms import CudaPlatform
 
     registry.reload_entry_points()  # a new generation: no memoised answer is read
@@ -239,6 +239,11 @@ def test_a_present_gpu_skips_what_attnbench_cannot_run(monkeypatch: pytest.Monke
         registry.get_backend_class("TRITON_ATTN"),
         "unavailable_reason",
         classmethod(lambda cls, device: None),
+    )
+    monkeypatch.setattr(
+        registry.get_backend_class("FLASH_ATTN"),
+        "unavailable_reason",
+        classmethod(lambda cls, device: "its library is not installed"),
     )
     try:
         selection = select(PLAIN, SM90)
@@ -249,9 +254,9 @@ def test_a_present_gpu_skips_what_attnbench_cannot_run(monkeypatch: pytest.Monke
     assert selection.followed == "FLASH_ATTN"
     refused = {c.name: c.reasons for c in selection.better_ranked()}
     assert set(refused) == {"FLASH_ATTN", "FLASHINFER"}
-    for reasons in refused.values():
-        assert len(reasons) == 1
-        assert reasons[0].startswith("selection only: ")
+    assert [len(reasons) for reasons in refused.values()] == [1, 1]
+    assert "installed" in refused["FLASH_ATTN"][0]
+    assert refused["FLASHINFER"][0].startswith("selection only: ")
 
 
 def test_selection_has_no_side_effect(tmp_path: Path) -> None:

@@ -116,6 +116,60 @@ def test_any_small_batch(
     assert (attention_flops(workload), attention_bytes(workload)) == _count(workload)
 
 
+@given(
+    spec=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9)), min_size=1, max_size=3),
+    heads=st.sampled_from(["heads=4/4", "heads=4/2", "heads=6/1"]),
+    sizes=st.sampled_from(["head_size=8", "head_size=8 v_head_size=5"]),
+    dtype=st.sampled_from(["fp32", "fp16", "bf16"]),
+    kv=st.sampled_from(["auto", "fp32", "bf16", "fp8_e4m3", "fp8_e5m2"]),
+    attn=st.sampled_from(["decoder", "encoder", "encoder_only", "encoder_decoder"]),
+    window=st.integers(0, 6),
+)
+@settings(deadline=None)
+def test_any_heads_types_and_directions(
+    spec: list[tuple[int, int]],
+    heads: str,
+    sizes: str,
+    dtype: str,
+    kv: str,
+    attn: str,
+    window: int,
+) -> None:
+    encodes = attn in ("encoder", "encoder_only")
+    batch = "_".join(f"q{q}s{q + (0 if encodes else context)}" for q, context in spec)
+    window = 0 if attn == "encoder_decoder" else window
+    workload = Workload.parse(
+        f"{batch} {heads} {sizes} dtype={dtype} kv={kv} attn={attn} window={window}"
+    )
+    assert (attention_flops(workload), attention_bytes(workload)) == _count(workload)
+
+
+@pytest.mark.parametrize("shape", ["llama-3-8b", "deepseek-v3"])
+def test_the_unused_part_of_a_last_block_is_not_counted(shape: str) -> None:
+    costs = {
+        (attention_flops(w), attention_bytes(w))
+        for block in (1, 16, 64, 256)
+        for w in [Workload.parse(f"3q1s1001_q7s33 shape={shape} block={block}")]
+    }
+    assert len(costs) == 1
+
+
+def test_grouped_heads_read_their_keys_and_values_once() -> None:
+    grouped = Workload.parse("4q1s4k heads=32/4")
+    every = Workload.parse("4q1s4k heads=32/32")
+    queries = 4 * 32 * 256 * 2
+    assert attention_bytes(every) - queries == 8 * (attention_bytes(grouped) - queries)
+    assert attention_flops(every) == attention_flops(grouped)
+
+
+def test_an_fp8_cache_halves_what_is_read_and_nothing_else() -> None:
+    half = Workload.parse("4q3s4k")
+    byte = Workload.parse("4q3s4k kv=fp8_e4m3")
+    queries = 4 * 3 * 32 * 256 * 2
+    assert attention_bytes(half) - queries == 2 * (attention_bytes(byte) - queries)
+    assert attention_flops(half) == attention_flops(byte)
+
+
 @given(st.integers(1, 30), st.integers(0, 40))
 @settings(deadline=None)
 def test_encoder_pairs(tokens: int, window: int) -> None:
