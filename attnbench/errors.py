@@ -7,6 +7,7 @@
     │   ├── UnknownBackendError       a backend name nobody registered
     │   └── DeviceError               a device text, or a device that is not here
     ├── SelectionError                no backend accepts it, or the requested one refuses
+    ├── TimerError                    a timer that cannot time this call; a stored row's reason
     ├── DataError                     what is stored, or cannot be
     │   ├── SchemaError               a file of a newer schema version, or not of ours
     │   ├── CorruptDataError          a checksum or a file that cannot be read
@@ -69,6 +70,10 @@ class DeviceError(UsageError):
 
 class SelectionError(AttnBenchError):
     """No backend accepts the configuration, or the requested one refuses it."""
+
+
+class TimerError(AttnBenchError):
+    """A timer cannot time this call honestly, and nothing takes its place unasked."""
 
 
 class DataError(AttnBenchError):

@@ -19,6 +19,7 @@ from typing import Any
 
 import attnbench
 from attnbench.backends.device import Device
+from attnbench.measure.gpu import nvml
 from attnbench.store.record import stack_id
 
 #: Distributions whose version can change a kernel's speed or a selector's choice.
@@ -71,7 +72,7 @@ def read_environment(device: Device) -> Environment:
         properties = torch.cuda.get_device_properties(0)
         name, uuid = properties.name, str(getattr(properties, "uuid", ""))
         cuda = torch.version.cuda or ""
-        driver = _first_line("/proc/driver/nvidia/version")
+        driver = read_driver_version()
         device_class = _slug(name)
     else:
         device_class = cpu_class(name, torch.get_num_threads())
@@ -93,6 +94,11 @@ def read_environment(device: Device) -> Environment:
         commit_time=commit.time,
         commit_subject=commit.subject,
     )
+
+
+def read_driver_version() -> str:
+    """NVIDIA's driver, as the kernel names it; from NVML in a container that hides /proc/driver."""
+    return _first_line("/proc/driver/nvidia/version") or nvml.driver_version()
 
 
 def read_stack() -> tuple[str, ...]:
@@ -218,8 +224,12 @@ def _git_commit(folder: Path, revision: str) -> Commit | None:
     return Commit(sha, datetime.fromtimestamp(int(stamp), UTC), subject)
 
 
-def read_conditions() -> Mapping[str, float]:
+def read_conditions(device_uuid: str = "", locked_clock_hz: float = 0.0) -> Mapping[str, float]:
     """How the machine was doing: read before and after each point; the unit is in each key.
+
+    Args:
+        device_uuid: a GPU whose readings are taken too (`Environment.device_uuid`); "": none.
+        locked_clock_hz: the clock this run has locked that GPU to; 0.0: it has not.
 
     What a machine does not tell is left out: a missing sensor must not cost a point its time.
     """
@@ -239,6 +249,8 @@ def read_conditions() -> Mapping[str, float]:
     for key, read in readings.items():
         with contextlib.suppress(OSError, RuntimeError, ValueError, AttributeError, TypeError):
             values[key] = read()
+    if device_uuid:
+        values |= nvml.read_gpu_conditions(device_uuid, locked_clock_hz)
     return values
 
 

@@ -46,6 +46,8 @@ def read_header(header: RunHeader) -> tuple[list[PlannedPoint], MeasureOptions]:
             f"run {header.run_id} was started by another version of attnbench, with "
             f"{', '.join(sorted(unknown))}; it cannot be resumed, start a new one"
         )
+    if "l2_states" in options:
+        options["l2_states"] = tuple(options["l2_states"])
     options["fake_slowdown"] = tuple((n, f) for n, f in options.get("fake_slowdown", ()))
     return [PlannedPoint.from_json(dict(row)) for row in header.plan], MeasureOptions(**options)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from attnbench.backends.device import Device
 from attnbench.backends.registry import get_backend_class, runnable_backend_names
 from attnbench.errors import BackendUnavailableError, UsageError
+from attnbench.selection import config_of
 from attnbench.store.record import point_id
 from attnbench.workload import Suite, Workload
 
@@ -57,15 +60,18 @@ def runnable_backends(device: Device, is_mla: bool) -> tuple[str, ...]:
     return tuple(names)
 
 
-def resolve_backend(text: str, device: Device) -> tuple[str, str]:
-    """Read `NAME` or `NAME:variant`. Raises UnknownBackendError, or UsageError for the variant."""
+def resolve_backend(text: str, device: Device) -> tuple[str, str | None]:
+    """Read `NAME` or `NAME:variant`; None: the variant is the backend's choice per workload.
+
+    Raises UnknownBackendError, or UsageError for the variant.
+    """
     name, _, variant = text.partition(":")
     name = name.upper()
     variants = get_backend_class(name).get_variants(device)
     if variant and variant not in variants:
         listed = ", ".join(v for v in variants if v) or "none"
         raise UsageError(f"--backend {text!r}: {name} has no variant {variant!r}; it has: {listed}")
-    return name, variant or variants[0]
+    return name, variant or None
 
 
 def plan_workloads(
@@ -79,10 +85,12 @@ def plan_workloads(
     points: dict[str, PlannedPoint] = {}
     for workload in workloads:
         pairs = chosen or [
-            (name, get_backend_class(name).get_variants(device)[0])
-            for name in runnable_backends(device, workload.shape.is_mla)
+            (name, None) for name in runnable_backends(device, workload.shape.is_mla)
         ]
-        for name, variant in pairs:
+        for name, asked in pairs:
+            variant = asked
+            if variant is None:
+                variant = get_backend_class(name).default_variant(config_of(workload), device)
             point = PlannedPoint(workload, name, variant, suite)
             points.setdefault(point.point_id, point)
     return list(points.values())
@@ -102,3 +110,19 @@ def make_plan(
         ):
             points.setdefault(point.point_id, point)
     return list(points.values())
+
+
+def interleave(plan: Sequence[PlannedPoint], seed: str) -> list[PlannedPoint]:
+    """`plan` with the backends of each workload in random order, another one for each `seed`.
+
+    What is compared is measured within seconds of each other, and no backend is always the first
+    on a device that the one before has warmed. Workloads stay where they are: their inputs and
+    reference are made once for all their backends.
+    """
+    draw = random.Random(seed)
+    ordered: list[PlannedPoint] = []
+    for _, group in groupby(plan, key=lambda point: point.workload.text):
+        points = list(group)
+        draw.shuffle(points)
+        ordered += points
+    return ordered

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from attnbench.backends.abstract import AttentionBackend
 from attnbench.backends.check import OutputCheck, check_output
 from attnbench.backends.device import Device
 from attnbench.backends.registry import backend_status, get_backend_class
-from attnbench.errors import AttnBenchError
+from attnbench.errors import AttnBenchError, TimerError
 from attnbench.measure.environment import Environment, OtherLoad, read_conditions
+from attnbench.measure.gpu.clock import THROTTLE_THRESHOLD
+from attnbench.measure.gpu.nvml import throttle_reasons
 from attnbench.measure.options import MeasureOptions
 from attnbench.measure.plan import PlannedPoint
 from attnbench.measure.prepare import PreparedPoint, prepare
-from attnbench.measure.stopping import StoppingRule
+from attnbench.measure.sampling import Target, sample
+from attnbench.measure.stopping import StoppingRule, StopReason
 from attnbench.measure.timers import Subject, Timer
 from attnbench.measure.truth import TruthCache
 from attnbench.selection import config_of
@@ -44,6 +48,7 @@ class PointContext:
     options: MeasureOptions
     timer: Timer
     timer_floor_s: float
+    host_floor_s: float
     truths: TruthCache
 
 
@@ -72,7 +77,8 @@ class RowMaker:
             "started_at": datetime.now(UTC),
             # Refused and failed rows too: a series is the same whether it can be timed or not.
             "timer": timer.name,
-            "l2_state": timer.l2_state,
+            "execution": timer.execution,
+            "l2_state": timer.l2_states[0],
         }
 
     def row(self, status: Status, metric: Metric = Metric.ATTENTION, **more: Any) -> Measurement:
@@ -96,8 +102,11 @@ class RowMaker:
 def refusals(planned: PlannedPoint, device: Device) -> list[str]:
     """Every reason why this point cannot run here; empty: it can."""
     backend = get_backend_class(planned.backend)
-    reasons = backend.validate_configuration(config_of(planned.workload), device)
-    if missing := backend_status(planned.backend, device):
+    config = config_of(planned.workload)
+    reasons = backend.validate_configuration(config, device)
+    if not reasons and (refusal := backend.variant_refusal(planned.variant, config, device)):
+        reasons.append(refusal)
+    if missing := backend_status(planned.backend, device, planned.variant):
         reasons.append(missing)
     if is_interpreted(backend, device) and (
         refusal := backend.interpreter_refusal(planned.workload)
@@ -142,7 +151,7 @@ def untimed_reason(backend: type[AttentionBackend], device: Device, timer: Timer
         return "Triton's interpreter: correct here, but not a time"
     if device.kind != "cpu" and timer.name == "wall":
         # A launch returns before its kernel ends: the clock would read the launch.
-        return f"the wall clock cannot time kernels of {device.kind}; a GPU timer is not built yet"
+        return f"the wall clock cannot time kernels of {device.kind}; use --timer event"
     return ""
 
 
@@ -155,14 +164,17 @@ def _measure(
     backend = get_backend_class(planned.backend)
     batch, truth = context.truths.get(planned, backend, context.device)
     truth_known()
-    conditions_before = read_conditions()
+    look = partial(
+        read_conditions, context.environment.device_uuid, context.options.locked_clock_hz
+    )
+    conditions_before = look()
     point = prepare(planned, batch)
 
-    def check() -> OutputCheck:
-        point.poison()
-        point.attend()
+    every = [point]  # and its twins, when a timer asks for some
+
+    def check(whose: PreparedPoint) -> OutputCheck:
         return check_output(
-            point.output(),
+            whose.output(),
             truth,
             planned.workload.dtype,
             planned.workload.resolved_kv_cache_dtype,
@@ -176,7 +188,9 @@ def _measure(
             "conditions_before": conditions_before,
         }
 
-    before = check()
+    point.poison()
+    point.attend()
+    before = check(point)
     if not before.ok:
         yield maker.row(Status.INCORRECT, reasons=(before.reason,), **facts(before, "before"))
         return
@@ -184,21 +198,53 @@ def _measure(
         yield maker.row(Status.UNTIMED, reasons=(untimed,), **facts(before, "before"))
         return
 
-    others = OtherLoad()
-    main = _time(Metric.ATTENTION, point, context, planned, maker, facts(before, "before", "after"))
-    main = _doubt_if_shared(main, others.cores(), context)
-    conditions_after = {**read_conditions(), **main.conditions_after}
-    after = check()
-    if not after.ok:
-        # Right once and wrong after timing: the time is of something else, and is not kept.
-        reasons = (f"after timing: {after.reason}",)
-        yield maker.row(Status.INCORRECT, reasons=reasons, **facts(after, "before", "after"))
-        return
-    yield replace(main, conditions_after=conditions_after)
-    more = {"conditions_before": conditions_before, "conditions_after": conditions_after}
-    for metric in point.timed_calls():
+    def twins(count: int) -> list[Callable[[], object]]:
+        every.extend(point.twin() for _ in range(count))
+        return [twin.attend for twin in every[1:]]
+
+    def poison() -> None:
+        for one in every:
+            one.poison()
+
+    target = Target(point.attend, attention_bytes(planned.workload), twins, poison)
+    timed = _Timed(planned, context, maker)
+    checked = ("before", "after_graph_replay" if context.timer.execution == "graph" else "after")
+    conditions_after: Mapping[str, float] = {}
+    for l2_state in context.timer.l2_states:
+        others = OtherLoad()
         try:
-            yield _time(metric, point, context, planned, maker, more)
+            row = timed.row(Metric.ATTENTION, target, l2_state, facts(before, *checked))
+        except TimerError as error:
+            reasons = (str(error),)
+            yield maker.row(
+                Status.UNTIMED, reasons=reasons, l2_state=l2_state, **facts(before, "before")
+            )
+            continue
+        row = _doubt_if_shared(row, others.cores(), context)
+        conditions_after = {**look(), **row.conditions_after}
+        # What the last timed block left behind, not what one more call would write.
+        found = [check(one) for one in every]
+        wrong = next((one for one in found if not one.ok), None)
+        if wrong is not None:
+            # Right once and wrong after timing: the time is of something else, and is not kept.
+            reasons = (f"after timing: {wrong.reason}",)
+            yield maker.row(
+                Status.INCORRECT, reasons=reasons, l2_state=l2_state, **facts(wrong, *checked)
+            )
+            return
+        yield replace(
+            row,
+            conditions_after=conditions_after,
+            throttle_reasons=throttle_reasons(conditions_before, conditions_after),
+        )
+        del every[1:]
+    more = {"conditions_before": conditions_before, "conditions_after": conditions_after}
+    parts = dict(point.timed_calls())
+    if context.timer.host is not context.timer:
+        parts[Metric.HOST] = point.attend
+    for metric, call in parts.items():
+        try:
+            yield timed.row(metric, Target(call), context.timer.l2_states[0], more)
         # A part that cannot be timed alone costs that part, not the whole.
         except Exception as error:
             yield maker.row(Status.ERROR, metric, reasons=(_one_line(error),))
@@ -217,33 +263,56 @@ def _doubt_if_shared(
     return replace(row, status=str(Status.NOISY), reasons=(reason,))
 
 
-def _time(
-    metric: Metric,
-    point: PreparedPoint,
-    context: PointContext,
-    planned: PlannedPoint,
-    maker: RowMaker,
-    more: Mapping[str, Any],
-) -> Measurement:
-    options = context.options
-    is_main = metric is Metric.ATTENTION
-    call = point.attend if is_main else point.timed_calls()[metric]
-    rule = StoppingRule(
-        options.target_rel_ci,
-        options.budget_s if is_main else options.budget_s * _PART_BUDGET,
-        options.min_samples,
-        options.max_samples,
-    )
-    subject = Subject(planned.workload, planned.backend, metric, context.replicate)
-    timing = context.timer.time(call, rule, subject)
-    return maker.row(
-        Status.NOISY if timing.is_noisy else Status.OK,
-        metric,
-        samples=timing.samples,
-        stop_reason=str(timing.stop_reason),
-        timer_floor_s=context.timer_floor_s,
-        **more,
-    )
+#: Metrics that are the host's work, whatever the device.
+_HOST_METRICS = (Metric.HOST, Metric.METADATA_BUILD)
+
+
+class _Timed:
+    """Rows of one point's metrics, each by the timer it is for."""
+
+    def __init__(self, planned: PlannedPoint, context: PointContext, maker: RowMaker) -> None:
+        self._planned = planned
+        self._context = context
+        self._maker = maker
+
+    def row(
+        self, metric: Metric, target: Target, l2_state: str, more: Mapping[str, Any]
+    ) -> Measurement:
+        context, options = self._context, self._context.options
+        timer = context.timer.host if metric in _HOST_METRICS else context.timer
+        floor_s = context.host_floor_s if metric in _HOST_METRICS else context.timer_floor_s
+        rule = StoppingRule(
+            options.target_rel_ci,
+            options.budget_s * (1.0 if metric is Metric.ATTENTION else _PART_BUDGET),
+            options.min_samples,
+            options.max_samples,
+        )
+        subject = Subject(self._planned.workload, self._planned.backend, metric, context.replicate)
+        timing = sample(timer.open(target, subject, l2_state), rule, target)
+        how = {
+            "timer": timer.name,
+            "execution": timer.execution,
+            "l2_state": timing.l2_state,
+            "reuse_distance_bytes": timing.reuse_distance_bytes,
+            "timer_floor_s": floor_s,
+            "stop_reason": str(timing.stop_reason),
+            "discarded": timing.discarded,
+            "kernel_names": timing.kernel_names,
+        }
+        if timing.stop_reason is StopReason.THROTTLED:
+            reason = (
+                f"{timing.discarded} samples were below {THROTTLE_THRESHOLD:.0%} of the rated "
+                "clock; let the device cool, or see `attnbench doctor`"
+            )
+            return self._maker.row(Status.THROTTLED, metric, reasons=(reason,), **how, **more)
+        return self._maker.row(
+            Status.NOISY if timing.is_noisy else Status.OK,
+            metric,
+            samples=timing.samples,
+            sm_clock_hz=timing.sm_clock_hz,
+            **how,
+            **more,
+        )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -33,6 +35,10 @@ class PreparedPoint(Protocol):
 
     def timed_calls(self) -> Mapping[Metric, Callable[[], object]]:
         """What to time besides `attention`, by metric."""
+        ...
+
+    def twin(self) -> Self:
+        """The same point over its own copy of every tensor a call reads or writes."""
         ...
 
 
@@ -101,6 +107,20 @@ class _Prepared:
     def build_metadata(self) -> None:
         self.metadata = self.builder.build(self.common_prefix_len, self.batch.metadata)
 
+    def twin(self) -> Self:
+        twin = copy.copy(self)
+        batch = self.batch
+        twin.batch = replace(
+            batch,
+            query=batch.query.clone(),
+            key=batch.key.clone(),
+            value=batch.value.clone(),
+            metadata=copy.deepcopy(batch.metadata),
+        )
+        twin.kv_cache = copy.deepcopy(self.kv_cache)  # with its strides, which clone() may lose
+        twin.build_metadata()
+        return twin
+
 
 class _PreparedAttention(_Prepared):
     def __init__(
@@ -124,6 +144,11 @@ class _PreparedAttention(_Prepared):
             self.kv_cache,
             self.batch.metadata.slot_mapping,
         )
+
+    def twin(self) -> Self:
+        twin = super().twin()
+        twin.out = torch.empty_like(self.out)
+        return twin
 
     def attend(self) -> None:
         self.impl.forward(
@@ -182,6 +207,13 @@ class _PreparedMLA(_Prepared):
             self.kv_cache,
             self.batch.metadata.slot_mapping,
         )
+
+    def twin(self) -> Self:
+        twin = super().twin()
+        twin.decode_query = self.decode_query.clone()
+        twin.latent_out = torch.empty_like(self.latent_out)
+        twin.prefill_out = torch.empty_like(self.prefill_out)
+        return twin
 
     def attend(self) -> None:
         if self.num_decode_tokens:

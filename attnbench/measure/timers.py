@@ -1,7 +1,8 @@
 """Timers: each named in the row it made, never silently replaced by another.
 
 A timer is an object with a fake: `FakeTimer` ships in the package and makes everything behind it
-exact, so that the whole line can be tested without a clock.
+exact, so that the whole line can be tested without a clock. The timers of GPUs are in
+`attnbench.measure.gpu`.
 """
 
 from __future__ import annotations
@@ -13,25 +14,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from attnbench.measure.options import MeasureOptions
-from attnbench.measure.stopping import StoppingRule, StopReason
+from attnbench.measure.sampling import Block, Session, Target
 from attnbench.workload import Workload
 from attnbench.workload.cost import attention_bytes, attention_flops
 
 #: Seconds of calls before the first sample.
 _WARM_UP_S = 0.05
 
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Samples in seconds, in the order taken, and why sampling ended."""
-
-    samples: tuple[float, ...]
-    stop_reason: StopReason
-
-    @property
-    def is_noisy(self) -> bool:
-        """Sampling ended before the median was known to the target."""
-        return self.stop_reason is not StopReason.CONVERGED
+#: Seconds of calls in one block, between two looks at the stopping rule and the output.
+_BLOCK_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,67 +36,112 @@ class Subject:
 
 
 class Timer(Protocol):
-    """Times one call again and again until the rule says stop."""
+    """Times calls. Making one touches no device: the first use does.
+
+    Attributes:
+        name, execution: as stored.
+        l2_states: cache states it was asked for; the first is that of rows without a time.
+    """
 
     name: str
-    l2_state: str
+    execution: str
+    l2_states: tuple[str, ...]
+
+    @property
+    def host(self) -> Timer:
+        """The timer of what the host does: launching, building metadata."""
+        ...
 
     def floor_s(self) -> float:
         """Seconds this timer reads for a call that does nothing."""
         ...
 
-    def time(self, call: Callable[[], object], rule: StoppingRule, subject: Subject) -> Timing:
-        """Sample `call`. Calls before the first sample are warm-up."""
+    def open(self, target: Target, subject: Subject, l2_state: str) -> Session:
+        """Warm up on `target`, ready for its first block.
+
+        Raises:
+            TimerError: it cannot time this call.
+        """
         ...
+
+
+def _nothing() -> None:
+    return None
 
 
 class WallTimer:
     """Monotonic host clock around each call. Honest for CPU backends, where a call is synchronous.
 
-    Calls repeat over the same tensors: what fits in a cache is in it (`hot`).
+    Calls repeat over the same tensors: what fits in a cache is in it (`hot`). With `drain` (a GPU's
+    synchronize) before each call it times what the host does until a call returns.
     """
 
     name = "wall"
-    l2_state = "hot"
+    execution = "eager"
+    l2_states: tuple[str, ...] = ("hot",)
+
+    def __init__(
+        self, warm_up_s: float = _WARM_UP_S, drain: Callable[[], object] = _nothing
+    ) -> None:
+        self._warm_up_s = warm_up_s
+        self._drain = drain
+
+    @property
+    def host(self) -> WallTimer:
+        return self
 
     def floor_s(self) -> float:
-        def nothing() -> None:
-            return None
-
-        samples = sorted(self._sample(nothing) for _ in range(200))
+        samples = sorted(_wall_sample(_nothing) for _ in range(200))
         return samples[len(samples) // 2]
 
-    def time(self, call: Callable[[], object], rule: StoppingRule, subject: Subject) -> Timing:
-        self._warm_up(call, min(_WARM_UP_S, rule.budget_s))
+    def open(self, target: Target, subject: Subject, l2_state: str) -> WallSession:
+        return WallSession(target, self._warm_up_s, self._drain)
+
+
+def _wall_sample(call: Callable[[], object]) -> float:
+    before = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - before) * 1e-9
+
+
+class WallSession:
+    """Calls by the host's clock; the garbage collector waits between blocks."""
+
+    l2_state = "hot"
+    reuse_distance_bytes: int | None = None
+    kernel_names: tuple[str, ...] = ()
+
+    def __init__(self, target: Target, warm_up_s: float, drain: Callable[[], object]) -> None:
+        self._call = target.call
+        self._drain = drain
+        self._warm_up(warm_up_s)
+
+    def now_s(self) -> float:
+        return time.perf_counter()
+
+    def _warm_up(self, seconds: float) -> None:
+        """At least one call; for short ones enough that the clock and the caches have settled."""
+        until = time.perf_counter() + seconds
+        while True:
+            self._call()
+            if time.perf_counter() >= until:
+                break
+        self._drain()
+
+    def block(self) -> Block:
         samples: list[float] = []
         # A collection in the middle of a sample is the harness's time, not the kernel's.
         was_enabled = gc.isenabled()
         gc.disable()
         try:
-            started = time.perf_counter()
-            while True:
-                samples.append(self._sample(call))
-                reason = rule.decide(samples, time.perf_counter() - started)
-                if reason is not None:
-                    return Timing(tuple(samples), reason)
+            until = time.perf_counter() + _BLOCK_S
+            while not samples or time.perf_counter() < until:
+                self._drain()
+                samples.append(_wall_sample(self._call))
         finally:
             if was_enabled:
                 gc.enable()
-
-    @staticmethod
-    def _warm_up(call: Callable[[], object], seconds: float) -> None:
-        """At least one call; for short ones enough that the clock and the caches have settled."""
-        until = time.perf_counter() + seconds
-        while True:
-            call()
-            if time.perf_counter() >= until:
-                return
-
-    @staticmethod
-    def _sample(call: Callable[[], object]) -> float:
-        before = time.perf_counter_ns()
-        call()
-        return (time.perf_counter_ns() - before) * 1e-9
+        return Block(tuple(samples))
 
 
 class FakeTimer:
@@ -118,12 +154,17 @@ class FakeTimer:
     """
 
     name = "fake"
-    l2_state = "hot"
+    execution = "eager"
+    l2_states: tuple[str, ...] = ("hot",)
     _SPREAD = (0.0, -0.001, 0.001, -0.0005, 0.0005)
     _FACTOR = {"attention": 1.0, "page_gather": 0.5, "kv_cache_write": 0.1, "metadata_build": 0.01}
 
     def __init__(self, slowdown: tuple[tuple[str, float], ...] = ()) -> None:
         self._slowdown = dict(slowdown)
+
+    @property
+    def host(self) -> FakeTimer:
+        return self
 
     def floor_s(self) -> float:
         return 0.0
@@ -143,14 +184,36 @@ class FakeTimer:
             * replicate
         )
 
-    def time(self, call: Callable[[], object], rule: StoppingRule, subject: Subject) -> Timing:
-        call()
+    def open(self, target: Target, subject: Subject, l2_state: str) -> FakeSession:
         exact = self.seconds(subject)
-        return Timing(tuple(exact * (1.0 + s) for s in self._SPREAD), StopReason.CONVERGED)
+        return FakeSession(target, tuple(exact * (1.0 + spread) for spread in self._SPREAD))
+
+
+class FakeSession:
+    """One call and five samples a block, and no time passes."""
+
+    l2_state = "hot"
+    reuse_distance_bytes: int | None = None
+    kernel_names: tuple[str, ...] = ()
+
+    def __init__(self, target: Target, samples: tuple[float, ...]) -> None:
+        self._call = target.call
+        self._samples = samples
+
+    def now_s(self) -> float:
+        return 0.0
+
+    def block(self) -> Block:
+        self._call()
+        return Block(self._samples)
 
 
 def make_timer(options: MeasureOptions) -> Timer:
-    """The timer `options` names."""
+    """The timer `options` names. Touches no device yet."""
     if options.timer == "fake":
         return FakeTimer(options.fake_slowdown)
-    return WallTimer()
+    if options.timer == "wall":
+        return WallTimer(min(_WARM_UP_S, options.budget_s))
+    from attnbench.measure.gpu.timers import GpuTimer
+
+    return GpuTimer(options.timer, options.l2_states, options.locked_clock_hz)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from attnbench.errors import UsageError
+from attnbench.store.ceilings import Ceilings
 
 #: The version of the stored columns. `schema.HISTORY` says what each version changed.
 SCHEMA_VERSION = 1
@@ -45,7 +46,8 @@ class RunHeader:
     `argv` is what was typed, `spec` the sweep as text, `plan` one JSON object per planned point in
     the planner's own words, `options` how it is measured,
     `environment` on and of what: enough for `--resume` to go on with
-    nothing retyped.
+    nothing retyped. `ceilings` are the rates the device reached when the run was started; None in
+    runs of versions that did not measure them.
     """
 
     run_id: str
@@ -55,6 +57,7 @@ class RunHeader:
     plan: tuple[Mapping[str, Any], ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    ceilings: Ceilings | None = None
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -65,6 +68,7 @@ class RunHeader:
         plan: tuple[Mapping[str, Any], ...] = (),
         options: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
+        ceilings: Ceilings | None = None,
         now: datetime | None = None,
     ) -> RunHeader:
         """A header with a fresh run id, started now."""
@@ -77,10 +81,11 @@ class RunHeader:
             plan=plan,
             options=options or {},
             environment=environment or {},
+            ceilings=ceilings,
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        value: dict[str, Any] = {
             "run_id": self.run_id,
             "schema_version": self.schema_version,
             "started_at": self.started_at.astimezone(UTC).isoformat(),
@@ -90,6 +95,9 @@ class RunHeader:
             "options": dict(self.options),
             "environment": dict(self.environment),
         }
+        if self.ceilings is not None:
+            value["ceilings"] = self.ceilings.to_json()
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunHeader:
@@ -102,6 +110,7 @@ class RunHeader:
             plan=tuple(value.get("plan", ())),
             options=value.get("options", {}),
             environment=value.get("environment", {}),
+            ceilings=Ceilings.from_json(value["ceilings"]) if value.get("ceilings") else None,
         )
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -92,17 +92,24 @@ NAMES = {
 @pytest.fixture
 def misbehaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Registers the backends in `NAMES`, in this process and in every process it starts."""
-    site = tmp_path / "site"
-    info = site / "misbehaving-1.0.dist-info"
+    yield from installed("misbehaving", MODULE, NAMES, tmp_path / "site", monkeypatch)
+
+
+def installed(
+    package: str, source: str, names: Mapping[str, str], site: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Installs backends (registered name -> class of `source`) while the generator is held."""
+    module = f"{package}_backends"
+    info = site / f"{package}-1.0.dist-info"
     info.mkdir(parents=True)
-    (site / "misbehaving_backends.py").write_text(MODULE, encoding="utf-8")
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: misbehaving\nVersion: 1.0\n")
-    lines = "\n".join(f"{name} = misbehaving_backends:{cls}" for name, cls in NAMES.items())
+    (site / f"{module}.py").write_text(source, encoding="utf-8")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    lines = "\n".join(f"{name} = {module}:{cls}" for name, cls in names.items())
     (info / "entry_points.txt").write_text(f"[attnbench.backends]\n{lines}\n")
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", str(site))
     registry.reload_entry_points()
     yield
-    sys.modules.pop("misbehaving_backends", None)
+    sys.modules.pop(module, None)
     monkeypatch.undo()
     registry.reload_entry_points()

@@ -34,6 +34,7 @@ def context() -> PointContext:
         options=MeasureOptions(timer="fake"),
         timer=FakeTimer(),
         timer_floor_s=0.0,
+        host_floor_s=0.0,
         truths=TruthCache(),
     )
 

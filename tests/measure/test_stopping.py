@@ -11,12 +11,19 @@ from hypothesis import strategies as st
 
 from attnbench.measure.stopping import StoppingRule, StopReason, median, median_interval
 
-RULE = StoppingRule(target_rel_ci=0.02, budget_s=1.0, min_samples=5, max_samples=100)
+
+def new_rule(max_samples: int = 100, budget_s: float = 1.0) -> StoppingRule:
+    return StoppingRule(
+        target_rel_ci=0.02, budget_s=budget_s, min_samples=5, max_samples=max_samples
+    )
 
 
-def run_until_stopped(values: Sequence[float]) -> tuple[int, StopReason | None]:
+def run_until_stopped(
+    values: Sequence[float], rule: StoppingRule | None = None
+) -> tuple[int, StopReason | None]:
+    rule = rule or new_rule()
     for n in range(1, len(values) + 1):
-        reason = RULE.decide(values[:n], sum(values[:n]))
+        reason = rule.decide(values[:n], sum(values[:n]))
         if reason is not None:
             return n, reason
     return len(values), None
@@ -32,7 +39,7 @@ def test_the_minimum_is_taken_even_when_the_budget_is_gone() -> None:
 
 def test_wild_samples_end_at_the_most_samples() -> None:
     values = [0.0001, 0.0003] * 100
-    assert run_until_stopped(values) == (100, StopReason.MAX_SAMPLES)
+    assert run_until_stopped(values, new_rule(max_samples=25)) == (25, StopReason.MAX_SAMPLES)
 
 
 def test_noise_that_averages_out_converges_before_the_budget() -> None:
@@ -62,3 +69,41 @@ def test_the_interval_holds_the_median_which_is_the_textbook_one(values: list[fl
     low, high = median_interval(ordered)
     assert median(ordered) == statistics.median(values)
     assert low <= median(ordered) <= high
+
+
+def test_noise_that_no_budget_could_average_out_ends_early() -> None:
+    # Half width ~ 1.96 * 1.25 * 0.6 / sqrt(n): 2 % would take 5,400 samples, 1,000 are allowed.
+    rng = random.Random(5)
+    early = 0
+    for _ in range(20):
+        values = [0.001 * rng.gauss(1.0, 0.6) for _ in range(1000)]
+        n, reason = run_until_stopped(values, new_rule(max_samples=1000, budget_s=1e9))
+        early += reason is StopReason.NOISE_STABLE and n < 200
+    assert early >= 18
+
+
+def test_noise_that_the_budget_can_average_out_is_sampled_to_the_end() -> None:
+    # 10 %: about 150 samples are enough, and 1,000 are allowed.
+    rng = random.Random(6)
+    ends = [
+        run_until_stopped(
+            [0.001 * rng.gauss(1.0, 0.1) for _ in range(1000)],
+            new_rule(max_samples=1000, budget_s=1e9),
+        )[1]
+        for _ in range(20)
+    ]
+    assert ends.count(StopReason.CONVERGED) >= 19
+
+
+def test_a_budget_that_will_not_do_is_not_spent() -> None:
+    rng = random.Random(7)
+    spent = 0.0
+    rule = new_rule(max_samples=10**6, budget_s=1.0)
+    samples: list[float] = []
+    reason = None
+    while reason is None:
+        samples.append(0.001 * rng.gauss(1.0, 0.5))  # about 3,800 samples for 2 %
+        spent += 0.001
+        reason = rule.decide(samples, spent)
+    assert reason is StopReason.NOISE_STABLE
+    assert spent < 0.8

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 
 import pytest
 
 from attnbench.errors import UsageError
 from attnbench.measure.options import MeasureOptions, parse_slowdown
+from attnbench.measure.sampling import Target, Timing, sample
 from attnbench.measure.stopping import StoppingRule, StopReason
-from attnbench.measure.timers import FakeTimer, Subject, WallTimer, make_timer
+from attnbench.measure.timers import FakeTimer, Subject, Timer, WallTimer, make_timer
 from attnbench.workload import Workload
 from attnbench.workload.cost import attention_bytes, attention_flops
 
-RULE = StoppingRule(target_rel_ci=0.05, budget_s=0.2, min_samples=5, max_samples=20)
 SUBJECT = Subject(Workload.parse("8q1s4k"), "CPU_ATTN", "attention", 0)
+
+
+def timed(timer: Timer, call: Callable[[], object]) -> Timing:
+    rule = StoppingRule(target_rel_ci=0.05, budget_s=0.2, min_samples=5, max_samples=20)
+    target = Target(call)
+    return sample(timer.open(target, SUBJECT, "hot"), rule, target)
 
 
 def test_fake_times_are_the_formula_and_run_the_call_once() -> None:
     calls: list[int] = []
-    timing = FakeTimer().time(lambda: calls.append(1), RULE, SUBJECT)
+    timing = timed(FakeTimer(), lambda: calls.append(1))
     workload = SUBJECT.workload
     exact = attention_bytes(workload) / 100e9 + attention_flops(workload) / 1e12 + 1e-6
     assert calls == [1]
@@ -49,7 +56,7 @@ def test_wall_time_is_at_least_the_call_and_warm_up_is_no_sample() -> None:
         calls.append(gc.isenabled())
         time.sleep(0.002)
 
-    timing = WallTimer().time(call, RULE, SUBJECT)
+    timing = timed(WallTimer(), call)
     assert len(calls) > len(timing.samples)  # warm-up calls are no samples
     assert all(sample >= 0.002 for sample in timing.samples)
     assert not any(calls[-len(timing.samples) :])  # no collection inside a sample
@@ -62,7 +69,7 @@ def test_the_collector_comes_back_after_a_failing_call() -> None:
             raise RuntimeError("kernel failed")
 
     with pytest.raises(RuntimeError):
-        WallTimer().time(fail, RULE, SUBJECT)
+        timed(WallTimer(), fail)
     assert gc.isenabled()
 
 
@@ -70,5 +77,5 @@ def test_floor_is_small_and_named_timers_are_made() -> None:
     assert 0 <= WallTimer().floor_s() < 1e-3
     assert make_timer(MeasureOptions(timer="fake")).name == "fake"
     assert make_timer(MeasureOptions()).name == "wall"
-    with pytest.raises(UsageError, match="wall, fake"):
+    with pytest.raises(UsageError, match="wall, fake, event, graph"):
         MeasureOptions(timer="cupti")
