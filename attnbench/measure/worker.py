@@ -1,8 +1,7 @@
-"""Where points run: a worker process that may die, hang or be killed without costing the sweep.
+"""A worker: a process of its own that does one task at a time, and may die or hang doing it.
 
-A worker measures the points it is sent, one at a time. When it crashes or runs past its time, the
-point in flight becomes a CRASH or TIMEOUT row and a fresh worker takes the next one. Replicates are
-fresh workers by construction. Points of the fake timer run inline: there is nothing to isolate.
+`WorkerProcess` is the parent's end; `serve` is what runs in the process. Whatever a kernel does,
+the parent learns of it in bounded time: an answer, a death with its cause, or a timeout.
 """
 
 from __future__ import annotations
@@ -11,37 +10,48 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from enum import StrEnum
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any
 
 from attnbench.backends.device import Device
-from attnbench.errors import InfrastructureError
+from attnbench.errors import AttnBenchError
 from attnbench.measure.environment import Environment
+from attnbench.measure.health import HealthCheck, check_device
 from attnbench.measure.options import MeasureOptions
 from attnbench.measure.plan import PlannedPoint
-from attnbench.store.record import Measurement, Status
+from attnbench.store.record import Status
 
 if TYPE_CHECKING:
-    from attnbench.measure.point import PointContext, RowMaker
-
-#: Seconds a worker may take to import torch and answer that it is ready.
-_START_TIMEOUT_S = 180.0
-
-#: Seconds the float64 reference of one point may take: it is ours, not the backend's.
-_TRUTH_TIMEOUT_S = 900.0
+    from attnbench.measure.point import PointContext
 
 #: A worker's first answer to a point that is not refused.
-_TRUTH_KNOWN = "truth known"
+TRUTH_KNOWN = "truth known"
+
+#: Seconds a process that has closed its end of the pipe gets to end by itself.
+_LAST_WORDS_S = 5.0
+
+#: The variable that says which devices a process sees.
+_VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "rocm": "HIP_VISIBLE_DEVICES"}
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSetup:
-    """What a worker is told when it starts."""
+    """What a worker is told when it starts.
+
+    Attributes:
+        interpret: run Triton's kernels under its interpreter.
+        health: proves that the device works; called at the start and when the parent asks.
+        start_method: of `multiprocessing`. `spawn` gives every worker a memory layout of its own,
+            as replicates need; `forkserver` starts in milliseconds.
+    """
 
     run_id: str
     replicate: int
@@ -49,166 +59,194 @@ class WorkerSetup:
     environment: Environment
     options: MeasureOptions
     truth_folder: Path | None = None
-    interpret: bool = False  # run Triton's kernels under its interpreter
+    interpret: bool = False
+    health: HealthCheck = check_device
+    start_method: str = "spawn"
 
 
-class Executor(Protocol):
-    """Measures one point after another."""
+class Task(StrEnum):
+    """What a worker can be asked."""
 
-    def measure(self, planned: PlannedPoint) -> list[Measurement]: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    MEASURE = "measure"  # a point; answers TRUTH_KNOWN unless it is refused, then its rows
+    COMPILE = "compile"  # a point; answers seconds, or why it does not compile
+    HEALTH = "health"  # answers "" or what is wrong with the device
 
 
-class InlineExecutor:
-    """Runs points in this process."""
+class WorkerLostError(Exception):
+    """A worker that is gone: never seen outside this room, where it becomes a row.
 
-    def __init__(self, setup: WorkerSetup) -> None:
-        self._context = _context_of(setup)
+    `status` is CRASH, OOM or TIMEOUT; `reason` says how it ended.
+    """
 
-    def measure(self, planned: PlannedPoint) -> list[Measurement]:
-        from attnbench.measure.point import measure_point
-
-        return measure_point(planned, self._context)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        return None
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
 
 
-class WorkerExecutor:
-    """Runs points in a process of its own and replaces it when it is lost."""
+class WorkerProcess:
+    """One process. After a WorkerLostError and after `kill` it and all its children are gone."""
 
     def __init__(self, setup: WorkerSetup) -> None:
-        self._setup = setup
-        self._process: BaseProcess | None = None
-        self._connection: Connection | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop()
-
-    def measure(self, planned: PlannedPoint) -> list[Measurement]:
-        if self._process is None:
-            self._start()
-        assert self._connection is not None
-        maker = self._row_maker(planned)
-        limit_s, doing = _TRUTH_TIMEOUT_S, "computing inputs and the reference, not the backend"
-        try:
-            self._connection.send(planned)
-            while True:
-                if not self._connection.poll(limit_s):
-                    self._stop()
-                    reason = f"killed after {limit_s:g} s of {doing}"
-                    return [maker.row(Status.TIMEOUT, reasons=(reason,))]
-                answer: str | list[Measurement] = self._connection.recv()
-                if answer == _TRUTH_KNOWN:
-                    limit_s, doing = self._setup.options.timeout_s, "running (timeout_s)"
-                elif isinstance(answer, list):
-                    break
-        except (EOFError, OSError):
-            return [maker.row(Status.CRASH, reasons=(self._cause_of_death(),))]
-        if answer[0].status in (Status.ERROR, Status.OOM):
-            # A sticky device error or memory that was not given back would fail the next point.
-            self._stop()
-        return answer
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        """Start it; its first answer is "", or why it cannot work."""
+        context: Any = multiprocessing.get_context(setup.start_method)
+        self._connection: Connection
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=serve, args=(theirs, self._setup), daemon=True, name="attnbench-worker"
+        self._oom_kills = oom_kills()
+        self._process: BaseProcess = context.Process(
+            target=serve, args=(theirs, setup), daemon=True, name="attnbench-worker"
         )
-        self._process.start()
-        theirs.close()
         try:
-            if not self._connection.poll(_START_TIMEOUT_S):
-                raise EOFError
-            self._connection.recv()
-        except (EOFError, OSError):
-            cause = self._cause_of_death()
-            raise InfrastructureError(
-                f"a worker process did not start ({cause}); run `attnbench backends` to see which "
-                "library fails to load"
-            ) from None
-
-    def _cause_of_death(self) -> str:
-        assert self._process is not None
-        self._process.join(timeout=5)
-        code = self._process.exitcode
-        self._stop()
-        if code is None:
-            return "the worker closed its connection"
-        if code < 0:
-            name = signal.Signals(-code).name
-            hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-            return f"worker killed by {name}{hint}"
-        return f"worker exited with {code}"
-
-    def _stop(self) -> None:
-        if self._connection is not None:
+            self._process.start()
+        except BaseException:
             self._connection.close()
-        if self._process is not None:
+            raise
+        finally:
+            theirs.close()
+        self._death = _watch(self._process)
+
+    def send(self, task: Task, planned: PlannedPoint | None = None) -> None:
+        """Give it a task. Raises WorkerLostError."""
+        self._oom_kills = oom_kills()
+        try:
+            self._connection.send((task, planned))
+        except OSError:
+            raise self._lost() from None
+
+    def receive(self, limit_s: float, doing: str) -> Any:
+        """Its next answer. Raises WorkerLostError; after `limit_s` it is killed."""
+        # A worker's own child may hold the pipe open, so the end of the process is watched too.
+        ready = wait([self._connection, self._death], timeout=limit_s)
+        try:
+            if self._connection in ready or self._connection.poll():
+                return self._connection.recv()
+        except (EOFError, OSError, pickle.UnpicklingError):
+            raise self._lost() from None
+        if ready:
+            raise self._lost()
+        self.kill()
+        raise WorkerLostError(Status.TIMEOUT, f"killed after {limit_s:g} s of {doing}")
+
+    def kill(self) -> None:
+        """End it and everything it started. Killing twice does nothing."""
+        if self._connection.closed:
+            return
+        self._connection.close()
+        pid = self._process.pid
+        if pid is not None:
             # The whole group: a compiler the worker started would go on beside the next timings.
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid or 0, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)
             self._process.kill()
             self._process.join()
-        self._process = self._connection = None
+        if self._death != self._process.sentinel:
+            os.close(self._death)
 
-    def _row_maker(self, planned: PlannedPoint) -> RowMaker:
-        """For the row of a point that is lost: its clock runs from now."""
-        from attnbench.measure.point import RowMaker
-        from attnbench.measure.timers import make_timer
+    @staticmethod
+    def first_ready(workers: Sequence[WorkerProcess], limit_s: float) -> list[WorkerProcess]:
+        """Those of `workers` whose `receive` would not wait; none after `limit_s`."""
+        sources = [source for worker in workers for source in (worker._connection, worker._death)]
+        ready = wait(sources, timeout=limit_s)
+        return [w for w in workers if w._connection in ready or w._death in ready]
 
-        setup = self._setup
-        timer = make_timer(setup.options)
-        return RowMaker(planned, setup.run_id, setup.replicate, setup.environment, timer)
+    def _lost(self) -> WorkerLostError:
+        wait([self._death], timeout=_LAST_WORDS_S)
+        ended = bool(wait([self._death], timeout=0))
+        self.kill()
+        code = self._process.exitcode
+        if not ended or code is None:
+            return WorkerLostError(Status.CRASH, "the worker closed its connection")
+        if code >= 0:
+            return WorkerLostError(Status.CRASH, f"worker exited with {code}")
+        if code == -signal.SIGKILL and oom_kills() > self._oom_kills:
+            return WorkerLostError(
+                Status.OOM, "the kernel killed the worker: the host is out of memory"
+            )
+        return WorkerLostError(Status.CRASH, f"worker killed by {signal.Signals(-code).name}")
 
 
-def make_executor(setup: WorkerSetup) -> Executor:
-    """Inline for the fake timer; a worker process otherwise, and always for the interpreter."""
-    if setup.options.timer == "fake" and not setup.interpret:
-        return InlineExecutor(setup)
-    return WorkerExecutor(setup)
+def _watch(process: BaseProcess) -> int:
+    """A descriptor that is ready when the process itself has ended, whatever it left running."""
+    try:
+        return os.pidfd_open(process.pid or 0)
+    except (AttributeError, OSError):
+        return process.sentinel
+
+
+def oom_kills(counters: Path = Path("/proc/vmstat")) -> int:
+    """Processes Linux has killed for want of memory since it started; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in counters.read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 def serve(connection: Connection, setup: WorkerSetup) -> None:
-    """Body of a worker: measure what is sent until the other end is gone."""
+    """Body of a worker: do what is sent until the other end is gone."""
     os.setsid()  # a group of its own: Ctrl-C is the parent's to handle, a kill takes children too
     _die_with_parent()
+    _be_killed_first()
     os.dup2(2, 1)  # stdout is for results; what a kernel library prints goes to stderr
+    see_one_device(setup.device)
     if setup.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated
+    try:
+        setup.health(setup.device)
+        context = make_context(setup)
+    # Whatever it is, the parent must know it and says it better than a traceback.
+    except Exception as error:
+        connection.send(describe(error))
+        return
+    connection.send("")
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            task, planned = connection.recv()
+            connection.send(_do(task, planned, context, connection, setup))
+
+
+def _do(
+    task: Task,
+    planned: PlannedPoint | None,
+    context: PointContext,
+    connection: Connection,
+    setup: WorkerSetup,
+) -> Any:
+    if task is Task.HEALTH:
+        try:
+            setup.health(setup.device)
+        except Exception as error:
+            return describe(error)
+        return ""
+    assert planned is not None
+    if task is Task.COMPILE:
+        from attnbench.measure.compile_ahead import compile_point
+
+        started = time.perf_counter()
+        try:
+            compile_point(planned, context.device)
+        # The point itself will fail the same way, and its row will say so.
+        except Exception as error:
+            return describe(error)
+        return time.perf_counter() - started
     from attnbench.measure.point import measure_point
 
-    context = _context_of(setup)
-    connection.send("ready")
-    while True:
-        try:
-            planned: PlannedPoint = connection.recv()
-            connection.send(measure_point(planned, context, lambda: connection.send(_TRUTH_KNOWN)))
-        except (EOFError, OSError):
-            return
+    return measure_point(planned, context, lambda: connection.send(TRUTH_KNOWN))
+
+
+def describe(error: BaseException) -> str:
+    """One line that says what an exception says."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return first if isinstance(error, AttnBenchError) else f"{type(error).__name__}: {first}"[:500]
+
+
+def see_one_device(device: Device) -> None:
+    """Let this process see one device only, the first of those the user lets us see.
+
+    A worker is for one device; a library that looks for more would make contexts on all of them.
+    """
+    if (name := _VISIBLE.get(device.kind)) is not None:
+        os.environ[name] = os.environ.get(name, "").split(",")[0] or "0"
 
 
 def _die_with_parent() -> None:
@@ -218,7 +256,14 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _context_of(setup: WorkerSetup) -> PointContext:
+def _be_killed_first() -> None:
+    """Ask Linux to take the worker, not the parent that keeps the results, when memory is short."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+
+
+def make_context(setup: WorkerSetup) -> PointContext:
+    """What the points of one worker share."""
     from attnbench.measure.point import PointContext
     from attnbench.measure.timers import make_timer
     from attnbench.measure.truth import TruthCache
@@ -232,5 +277,6 @@ def _context_of(setup: WorkerSetup) -> PointContext:
         options=setup.options,
         timer=timer,
         timer_floor_s=timer.floor_s(),
+        host_floor_s=timer.host.floor_s(),
         truths=TruthCache(setup.truth_folder),
     )

@@ -26,6 +26,7 @@ from attnbench.store.record import Measurement
 from attnbench.store.schema import check_version, row_from_json, row_to_json
 
 _CHECKSUM_SIZE = 16
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 _open_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
 
@@ -115,9 +116,7 @@ class Journal:
         """Create `path`. Raises ResultsFolderError, or InfrastructureError for a full disk."""
         self.path = path
         with disk.writing(path):
-            self._descriptor = os.open(
-                path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
-            )
+            self._descriptor = os.open(path, _CREATE, 0o666)
             _open_journals.add(self)
             if not disk.try_lock(self._descriptor, exclusive=True):
                 raise BlockingIOError(None, "another process has locked it")
@@ -147,6 +146,37 @@ class Journal:
                 os.lseek(self._descriptor, self._size, os.SEEK_SET)
                 raise
         self._size += len(line)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether what is written can be found: its folder may have been removed meanwhile."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
+
+    def put_back(self) -> None:
+        """Write all there is under the journal's name again, and go on there.
+
+        The caller holds the folder's lock exclusively. Raises as the constructor does.
+        """
+        lines = os.pread(self._descriptor, self._size, 0)
+        with disk.writing(self.path):
+            descriptor = os.open(
+                self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
+            )
+            try:
+                if not disk.try_lock(descriptor, exclusive=True):
+                    raise BlockingIOError(None, "another process has locked it")
+                disk.write_all(descriptor, lines)
+                os.fsync(descriptor)
+                disk.sync_file(self.path.parent)
+            except BaseException:
+                disk.remove_file(self.path)
+                os.close(descriptor)
+                raise
+        os.close(self._descriptor)
+        self._descriptor = descriptor
 
     @property
     def is_open(self) -> bool:

@@ -38,6 +38,7 @@ class Run:
         self._layout = layout
         self._journal = journal
         self._done = done
+        self._was_removed = False
 
     @property
     def run_id(self) -> str:
@@ -47,6 +48,11 @@ class Run:
     def done(self) -> AbstractSet[tuple[str, ...]]:
         """Keys (`Measurement.key`) of the rows stored in this run, earlier starts included."""
         return self._done
+
+    @property
+    def was_removed(self) -> bool:
+        """The results folder was removed while the run was written, and made again for it."""
+        return self._was_removed
 
     def append(self, row: Measurement) -> None:
         """Store one row; it is on disk when this returns.
@@ -68,6 +74,7 @@ class Run:
             )
         row = _printable(row)
         rows_to_table([row])  # what cannot be sealed later must not enter the journal now
+        self._keep_in_place()
         self._journal.append(row)
         self._done.add(row.key)
 
@@ -77,10 +84,20 @@ class Run:
         A run that was resumed is merged with its earlier rows. Raises InfrastructureError for a
         full disk: the journal is kept then.
         """
+        self._keep_in_place()
         with self._layout.locked(exclusive=True):
             sealed = seal_journal(self._layout, read_journal(self._journal.path))
         self._journal.close()
         return sealed.path
+
+    def _keep_in_place(self) -> None:
+        """Hours of measuring must not go into a file that nobody can open any more."""
+        if self._journal.is_in_place:
+            return
+        self._layout.create()
+        with self._layout.locked(exclusive=True):
+            self._journal.put_back()
+        self._was_removed = True
 
     def close(self) -> None:
         """Stop writing without sealing; the next start seals it."""

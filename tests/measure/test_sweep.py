@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from attnbench.errors import DataError, UsageError
 from attnbench.measure import MeasureOptions, PlannedPoint, run_sweep
 from attnbench.measure.environment import read_environment
 from attnbench.measure.header import check_same_environment, new_header, read_header
-from attnbench.store import ResultsFolder
+from attnbench.store import ResultsFolder, Run
+from attnbench.store.record import Measurement
 from attnbench.workload import Workload
 
 CPU = Device("cpu")
@@ -119,3 +121,61 @@ def test_a_run_of_other_options_says_that_it_cannot_be_resumed() -> None:
     header = replace(header, options={**header.options, "flux": 1})
     with pytest.raises(DataError, match="another version of attnbench, with flux"):
         read_header(header)
+
+
+def test_the_backends_of_a_workload_take_turns_in_another_order_each_round(tmp_path: Path) -> None:
+    options = MeasureOptions(timer="fake", replicates=12)
+    plan = [
+        PlannedPoint(workload, backend)
+        for workload in (SMALL, OTHER)
+        for backend in ("CPU_ATTN", "TORCH_SDPA")
+    ]
+    measured: list[tuple[int, str, str]] = []
+    with ResultsFolder(tmp_path / "results").open_run(
+        new_header(plan, options, ENVIRONMENT)
+    ) as run:
+        run_sweep(
+            plan,
+            run,
+            options,
+            CPU,
+            ENVIRONMENT,
+            lambda rows, done, total: measured.append(
+                (rows[0].replicate, rows[0].workload, rows[0].backend)
+            ),
+        )
+    assert [r for r, _, _ in measured] == [r for r in range(12) for _ in plan]
+    assert [w for _, w, _ in measured] == [p.workload.text for p in plan] * 12
+    # The same order in all 24 turns by chance: 1 in 8 million.
+    assert {backend for _, _, backend in measured[::2]} == {"CPU_ATTN", "TORCH_SDPA"}
+
+
+def test_a_stop_between_two_rows_of_a_point_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = MeasureOptions(timer="fake")
+    plan = [PlannedPoint(SMALL, "CPU_ATTN")]
+
+    def metrics(stop_after: int) -> list[str]:
+        """Of a run stopped after so many rows and resumed."""
+        folder = ResultsFolder(tmp_path / f"{stop_after}")
+        header = new_header(plan, options, ENVIRONMENT)
+
+        def append(run: Run, row: Measurement) -> None:
+            if len(run.done) == stop_after:
+                raise KeyboardInterrupt
+            whole(run, row)
+
+        with monkeypatch.context() as patch:
+            whole = Run.append
+            patch.setattr(Run, "append", append)
+            with suppress(KeyboardInterrupt), folder.open_run(header) as run:
+                run_sweep(plan, run, options, CPU, ENVIRONMENT)
+        with folder.open_run(header, resume=True) as run:
+            run_sweep(plan, run, options, CPU, ENVIRONMENT)
+        return sorted(folder.table(columns=["metric"])["metric"].to_pylist())
+
+    expected = metrics(stop_after=99)
+    assert len(expected) > 2
+    for stop_after in range(len(expected) + 1):
+        assert metrics(stop_after) == expected
