@@ -23,7 +23,7 @@ from attnbench.store.record import PROTOCOL_VERSION, short_hash
 GRID_VARIABLE = "ATTNBENCH_ASV_GRID"
 #: The preset `asv run` measures: smoke (default), nightly, full.
 PRESET_VARIABLE = "ATTNBENCH_PRESET"
-#: The timer `asv run` measures with: wall (default) or fake, which makes everything exact.
+#: The timer `asv run` measures with; unset: the device's default. `fake` makes everything exact.
 TIMER_VARIABLE = "ATTNBENCH_TIMER"
 
 #: asv starts one process per combination, and publishing is quadratic within one benchmark.

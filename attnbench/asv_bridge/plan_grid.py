@@ -29,22 +29,25 @@ from attnbench.workload.suite import PRESETS
 def plan_grid(suites: Mapping[str, Suite], preset: str, timer: str, results: Path) -> Grid:
     """Ask the planner which workloads and backends `preset` of each suite means on this device.
 
+    `timer` "": the device's default.
+
     Raises UsageError for an unknown preset or timer, or a suite too large for asv.
     """
     if preset not in PRESETS:
         raise UsageError(f"{PRESET_VARIABLE}={preset}: no such preset; use {', '.join(PRESETS)}")
     from attnbench.measure import MeasureOptions, make_plan
+    from attnbench.measure.options import default_timer
     from attnbench.selection import current_device
 
     settings = load_settings()
+    device = current_device()
     options = MeasureOptions(
-        timer=timer,
+        timer=timer or default_timer(device.kind),
         replicates=1 if timer == "fake" else settings.replicates,
         budget_s=settings.budget_s,
         target_rel_ci=settings.target_rel_ci,
         timeout_s=settings.timeout_s,
     )
-    device = current_device()
     axes = {}
     for name, suite in sorted(suites.items()):
         plan = make_plan([suite], preset, (), device)
@@ -79,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         grid = plan_grid(
             load_suites(given.suites),
             os.environ.get(PRESET_VARIABLE, "smoke"),
-            os.environ.get(TIMER_VARIABLE, "wall"),
+            os.environ.get(TIMER_VARIABLE, ""),
             given.results,
         )
     except AttnBenchError as error:

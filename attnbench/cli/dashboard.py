@@ -32,7 +32,8 @@ def dashboard(
     settings = load_settings()
     if results is not None:
         settings = replace(settings, results=results)
-    table = ResultsFolder(settings.results).table()
+    folder = ResultsFolder(settings.results)
+    table = folder.table()
     runs = runs_of(table)
     judgement = judge(table, run or None)
     index = render(
@@ -42,5 +43,6 @@ def dashboard(
         site if site is not None else settings.site,
         matrix=read_matrix(settings.matrix_file),
         pages=load_pages(config, settings.dashboards),
+        ceilings=folder.ceilings(),
     )
     emit([{"page": str(index), "runs": len(runs), "rows": table.num_rows}], format)

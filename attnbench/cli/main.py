@@ -12,7 +12,7 @@ import typer
 import typer.core
 
 import attnbench
-from attnbench.cli import asv, dashboard, history, nightly, results, run, selection
+from attnbench.cli import asv, dashboard, doctor, history, nightly, results, run, selection
 from attnbench.errors import AttnBenchError, ExitCode
 
 
@@ -65,6 +65,7 @@ def _root(
 
 app.command()(nightly.nightly)
 app.command()(run.run)
+app.command()(doctor.doctor)
 app.command()(selection.backends)
 app.command()(selection.explain)
 app.command()(selection.matrix)

@@ -12,6 +12,7 @@ import typer
 
 from attnbench.cli.history import HISTORY_COLUMNS, verdict_row
 from attnbench.cli.output import Format, FormatOption, emit, note
+from attnbench.cli.sweeping import L2_HELP, LOCK_HELP, SHARD_HELP, TIMER_HELP
 
 if TYPE_CHECKING:
     from attnbench.history import Judgement
@@ -33,7 +34,9 @@ def nightly(
         list[str] | None,
         typer.Option(help="Only this backend, NAME or NAME:variant; repeat for several."),
     ] = None,
-    timer: Annotated[str, typer.Option(help="wall, or fake for exact made-up times.")] = "wall",
+    timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
+    l2: Annotated[list[str] | None, typer.Option(help=L2_HELP)] = None,
+    lock_clocks: Annotated[float, typer.Option(metavar="MHZ", help=LOCK_HELP)] = 0.0,
     replicates: Annotated[
         int | None, typer.Option(help="Fresh processes that measure each point. Default: settings.")
     ] = None,
@@ -44,6 +47,7 @@ def nightly(
         list[str] | None,
         typer.Option(help="BACKEND=FACTOR the fake timer multiplies with; for rehearsals."),
     ] = None,
+    shard: Annotated[str, typer.Option(help=SHARD_HELP)] = "",
     results: Annotated[Path | None, typer.Option(help="Results folder. Default: settings.")] = None,
     site: Annotated[
         Path | None, typer.Option(help="Folder for the pages. Default: settings.")
@@ -59,6 +63,7 @@ def nightly(
     from attnbench.history import NEEDED_COLUMNS, judge, runs_of, summary_markdown, summary_text
     from attnbench.history.series import FIRST_CONFIRMATION
     from attnbench.measure import make_plan
+    from attnbench.measure.shard import take_shard
     from attnbench.selection import current_device
     from attnbench.selection.matrix import matrix
     from attnbench.settings import load_settings
@@ -73,11 +78,14 @@ def nightly(
     if resume:
         sweep = Sweep.resumed(ctx, folder, resume)
     else:
-        options = measure_options(settings, timer, replicates, budget, None, fake_slowdown or [])
-        backends = backend or requested_backends(settings)
         device = current_device()
+        options = measure_options(
+            settings, device, timer, l2 or [], replicates, budget, None, fake_slowdown or []
+        )
+        backends = backend or requested_backends(settings)
         suites = choose_suites(settings, suite or [])
-        plan = make_plan(suites, preset or settings.preset, backends, device)
+        plan = take_shard(make_plan(suites, preset or settings.preset, backends, device), shard)
+        options = replace(options, shard=shard, locked_clock_hz=lock_clocks * 1e6)
         sweep = Sweep.planned(folder, plan, options, device)
     duration_s = sweep.measure("measuring").duration_s
     planned = [point.point_id for point in sweep.plan]
@@ -95,6 +103,8 @@ def nightly(
         )
         duration_s += sweep.again(again, confirm).measure("confirming").duration_s
         judgement = judge(folder.table(NEEDED_COLUMNS), run_id, planned=planned)
+    if sweep.options.shard:
+        judgement = replace(judgement, dropped=())  # they are other shards'
 
     cells = [cell.row() for cell in matrix()]
     write_matrix(settings.matrix_file, cells)
@@ -113,6 +123,7 @@ def nightly(
         matrix=cells,
         pages=load_pages(folder=settings.dashboards),
         summary=markdown,
+        ceilings=folder.ceilings(),
     )
     if format is Format.TABLE:
         print(summary_text(judgement, color=sys.stdout.isatty(), **facts))

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from attnbench.cli.output import Format, FormatOption, emit
+from attnbench.cli.sweeping import L2_HELP, LOCK_HELP, SHARD_HELP, TIMER_HELP
 from attnbench.errors import ExitCode, SelectionError, UsageError
 
 if TYPE_CHECKING:
     from attnbench.backends.device import Device
     from attnbench.measure import PlannedPoint
     from attnbench.settings import Settings
+    from attnbench.store.ceilings import Ceilings
 
 COLUMNS = (
-    *("workload", "backend", "variant", "metric", "status", "median_us", "spread_pct"),
-    *("replicates", "samples", "tflop_s", "gb_s", "rel_error", "reasons"),
+    *("workload", "backend", "variant", "metric", "timer", "l2_state"),
+    *("status", "median_us", "spread_pct"),
+    *("replicates", "samples", "tflop_s", "gb_s", "roofline_pct", "rel_error", "reasons"),
 )
 
+
+#: Rows alike in these are replicates of one another.
+_ONE_LINE = ("workload", "backend", "variant", "metric", "timer", "l2_state", "execution")
 
 #: Options that are features of the workload -> their keys in its text.
 FEATURES = {"shape": "shape", "dtype": "dtype", "kv_cache_dtype": "kv", "block_size": "block"}
@@ -50,7 +57,9 @@ def run(
         list[str] | None,
         typer.Option(help="Only this backend, NAME or NAME:variant; repeat for several."),
     ] = None,
-    timer: Annotated[str, typer.Option(help="wall, or fake for exact made-up times.")] = "wall",
+    timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
+    l2: Annotated[list[str] | None, typer.Option(help=L2_HELP)] = None,
+    lock_clocks: Annotated[float, typer.Option(metavar="MHZ", help=LOCK_HELP)] = 0.0,
     replicates: Annotated[int, typer.Option(help="Fresh processes that measure each point.")] = 1,
     budget: Annotated[
         float | None, typer.Option(help="Seconds of samples per point. Default: settings.")
@@ -62,6 +71,7 @@ def run(
         list[str] | None,
         typer.Option(help="BACKEND=FACTOR the fake timer multiplies with; for rehearsals."),
     ] = None,
+    shard: Annotated[str, typer.Option(help=SHARD_HELP)] = "",
     results: Annotated[Path | None, typer.Option(help="Results folder. Default: settings.")] = None,
     resume: Annotated[
         str, typer.Option(help="Go on with this stopped run (its id, or `last`), as planned then.")
@@ -71,25 +81,30 @@ def run(
 ) -> None:
     """Measure batch specs or suites on the backends of this machine, and store every sample."""
     from attnbench.cli.sweeping import Sweep, measure_options
+    from attnbench.measure.shard import take_shard
     from attnbench.selection import current_device
     from attnbench.settings import load_settings
     from attnbench.store import ResultsFolder
 
     settings = load_settings()
-    options = measure_options(settings, timer, replicates, budget, timeout, fake_slowdown or [])
+    device = current_device()
+    options = measure_options(
+        settings, device, timer, l2 or [], replicates, budget, timeout, fake_slowdown or []
+    )
+    options = replace(options, shard=shard, locked_clock_hz=lock_clocks * 1e6)
     folder = ResultsFolder(results or settings.results)
     if resume:
         sweep = Sweep.resumed(ctx, folder, resume)
     else:
-        device = current_device()
         plan = _plan(ctx, settings, device, spec or [], suite or [], backend or [])
+        plan = take_shard(plan, shard)
         if dry_run:
             emit([point.to_json() for point in plan], format)
             return
         sweep = Sweep.planned(folder, plan, options, device)
     sweep.measure("measuring")
     rows = folder.table(where={"run_id": sweep.header.run_id}).to_pylist()
-    emit(summary_rows(rows), format, COLUMNS)
+    emit(summary_rows(rows, sweep.header.ceilings), format, COLUMNS)
     _require_an_answer(rows)
     raise typer.Exit(_exit_code(rows))
 
@@ -118,21 +133,26 @@ def _plan(
     return plan_workloads(expand_workloads([" ".join([*spec, *features])]), backends, device)
 
 
-def summary_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def summary_rows(
+    rows: Iterable[Mapping[str, Any]], ceilings: Ceilings | None = None
+) -> list[dict[str, Any]]:
     """One line per point and metric over its replicates; rates are derived here, never stored."""
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("workload", "backend", "variant", "metric"))
+        key = tuple(row[name] for name in _ONE_LINE)
         groups.setdefault(key, []).append(row)
-    return [_summary_row(groups[key]) for key in sorted(groups)]
+    return [_summary_row(groups[key], ceilings) for key in sorted(groups)]
 
 
-def _summary_row(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _summary_row(rows: list[Mapping[str, Any]], ceilings: Ceilings | None) -> dict[str, Any]:
     from statistics import median
+
+    from attnbench.history.roofline import roofline
 
     first = rows[0]
     medians = [median(row["samples"]) for row in rows if row["samples"]]
     seconds = median(medians) if medians else None
+    roof = roofline(first, ceilings)
     errors = [row["rel_error"] for row in rows if row["rel_error"] is not None]
 
     def rate(amount: int, unit: float) -> float | None:
@@ -143,6 +163,8 @@ def _summary_row(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         "backend": first["backend"],
         "variant": first["variant"],
         "metric": first["metric"],
+        "timer": first["timer"],
+        "l2_state": first["l2_state"],
         "status": " ".join(dict.fromkeys(row["status"] for row in rows)),
         "median_us": round(seconds * 1e6, 2) if seconds else None,
         "spread_pct": round((max(medians) / min(medians) - 1) * 100, 1) if medians[1:] else None,
@@ -150,6 +172,7 @@ def _summary_row(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         "samples": sum(len(row["samples"]) for row in rows),
         "tflop_s": rate(first["flops"], 1e12),
         "gb_s": rate(first["bytes_moved"], 1e9),
+        "roofline_pct": round(roof.percent(seconds), 1) if roof and seconds else None,
         "rel_error": max(errors) if errors else None,
         "reasons": list(dict.fromkeys(reason for row in rows for reason in row["reasons"])),
     }

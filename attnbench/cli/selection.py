@@ -60,7 +60,7 @@ def _backend_row(name: str, device: Device, present: bool) -> dict[str, Any]:
         return row | {"status": "not installed", "why": str(error)}
     kind = ("sparse " if cls.is_sparse() else "") + ("MLA" if cls.is_mla() else "attention")
     row["kind"] = kind
-    if issubclass(cls, DeclaredBackend):
+    if entry.selection_only and issubclass(cls, DeclaredBackend):
         libraries = f"; in vLLM it needs {cls.libraries}" if cls.libraries else ""
         why = f"capabilities of {cls.version} ({cls.where}), nothing to run{libraries}"
         return row | {"status": "selection only", "why": why}

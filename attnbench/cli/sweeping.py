@@ -6,7 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,17 @@ if TYPE_CHECKING:
     from attnbench.store.header import RunHeader
     from attnbench.store.record import Measurement
     from attnbench.workload import Suite
+
+TIMER_HELP = (
+    "wall, event, graph, cupti_span, cupti_sum, or fake for exact made-up times. "
+    "Default: wall on a CPU, event on a GPU."
+)
+L2_HELP = "State of a GPU's L2 cache, cold or hot; repeat for both. Default: cold."
+
+LOCK_HELP = (
+    "Hold the GPU's clock at this many MHz while measuring (needs root). Default: left alone."
+)
+SHARD_HELP = "Measure one of n disjoint parts of the plan, i/n, e.g. 2/4: one machine each."
 
 Report = Callable[[Sequence["Measurement"], int, int], None]
 
@@ -49,6 +60,7 @@ class Sweep:
         device: Device,
     ) -> Sweep:
         """A new run. Raises UsageError if there is nothing to measure."""
+        from attnbench.measure.ceilings import ceilings_of_run
         from attnbench.measure.environment import read_environment
         from attnbench.measure.header import new_header
 
@@ -58,7 +70,10 @@ class Sweep:
                 "is empty; `attnbench backends` lists who runs here"
             )
         environment = read_environment(device)
-        header = new_header(plan, options, environment)
+        ceilings, why_not = ceilings_of_run(plan, options, device)
+        if why_not:
+            note(f"no percent of roofline in this run: {why_not}")
+        header = replace(new_header(plan, options, environment), ceilings=ceilings)
         return cls(folder, header, plan, options, device, environment, resume=False)
 
     @classmethod
@@ -83,18 +98,36 @@ class Sweep:
     def measure(self, label: str) -> SweepOutcome:
         """Measure and seal."""
         from attnbench.measure import run_sweep
+        from attnbench.measure.gpu.locked_clocks import locked_clocks
 
         announce(self.plan, self.options, self.device)
         opened = self.folder.open_run(self.header, resume=self.resume)
-        with opened as run, progress(label) as report:
+        asked_hz = self.options.locked_clock_hz
+        locked = (
+            locked_clocks(self.environment.device_uuid, asked_hz) if asked_hz else nullcontext(0.0)
+        )
+        with opened as run, locked as locked_hz, progress(label) as report:
+            options = replace(self.options, locked_clock_hz=locked_hz)
             for orphan in run.orphans:
                 note(f"sealed run {orphan.run_id}, which had been stopped: {orphan.num_rows} rows")
                 if orphan.set_aside is not None:
                     note(f"  {len(orphan.corrupt_lines)} corrupt lines kept in {orphan.set_aside}")
-            outcome = run_sweep(self.plan, run, self.options, self.device, self.environment, report)
+            outcome = run_sweep(
+                self.plan, run, options, self.device, self.environment, report, note
+            )
             path = run.seal()
+        if run.was_removed:
+            note(f"attnbench: warning: {self.folder.path} was removed meanwhile; made again")
         again = f", {outcome.skipped} already there" if outcome.skipped else ""
         note(f"stored {path}: {outcome.measured} points{again}, {outcome.duration_s:.1f} s")
+        if outcome.compiled.duration_s:
+            note(f"of these, {outcome.compiled.duration_s:.1f} s compiling, before any timing")
+        for point in outcome.quarantined:
+            name = f"{point.backend}:{point.variant}".rstrip(":")
+            note(
+                f"failed twice: {name} {point.workload.text}; its row says how, to see it alone: "
+                f"attnbench run '{point.workload.text}' --backend {name}"
+            )
         return outcome
 
 
@@ -110,7 +143,9 @@ def refuse_beside(ctx: typer.Context, option: str, allowed: Container[str]) -> N
 
 def measure_options(
     settings: Settings,
+    device: Device,
     timer: str,
+    l2: Sequence[str],
     replicates: int | None,
     budget: float | None,
     timeout: float | None,
@@ -118,10 +153,11 @@ def measure_options(
 ) -> MeasureOptions:
     """Flags over settings. Raises UsageError for a value that measures nothing."""
     from attnbench.measure import MeasureOptions
-    from attnbench.measure.options import parse_slowdown
+    from attnbench.measure.options import default_timer, parse_slowdown
 
     return MeasureOptions(
-        timer=timer,
+        timer=timer or default_timer(device.kind),
+        l2_states=tuple(l2) or ("cold",),
         replicates=settings.replicates if replicates is None else replicates,
         budget_s=settings.budget_s if budget is None else budget,
         target_rel_ci=settings.target_rel_ci,

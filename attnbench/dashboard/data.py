@@ -10,11 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from attnbench.history.derived import QUANTITIES
+from attnbench.history.roofline import roofline
 from attnbench.history.rule import VerdictSettings
 from attnbench.history.runs import RunSummary, environment_change
 from attnbench.history.series import RunValue, Series, sample_statistics
 from attnbench.history.summary import repro_command
 from attnbench.history.verdict import Judgement, SeriesVerdict, judge_series
+from attnbench.store.ceilings import Ceilings
 
 #: A chunk of series is one file, loaded when one of its series is opened: about this many in each.
 _CHUNK_SERIES = 40
@@ -190,8 +192,15 @@ def runs_data(runs: Sequence[RunSummary], conditions_shown: int) -> dict[str, An
     return {"runs": listed, "stacks": stacks}
 
 
-def backends_data(every: Sequence[Series], run_index: Mapping[str, int]) -> list[dict[str, Any]]:
-    """The newest value of every `attention` series, for putting backends side by side."""
+def backends_data(
+    every: Sequence[Series],
+    run_index: Mapping[str, int],
+    ceilings: Mapping[str, Ceilings],
+) -> list[dict[str, Any]]:
+    """The newest value of every `attention` series, for putting backends side by side.
+
+    `attainable_s` is by the ceilings of the value's own run; None where they are not known.
+    """
     return [
         {
             "id": series.id,
@@ -205,6 +214,7 @@ def backends_data(every: Sequence[Series], run_index: Mapping[str, int]) -> list
             "num_layers": series.identity["num_layers"],
             "flops": series.identity["flops"],
             "bytes_moved": series.identity["bytes_moved"],
+            "attainable_s": _attainable_s(series, ceilings),
             "backend": _backend_name(series),
             "median_s": series.newest.median_s if series.newest.is_timed else None,
             "status": str(series.newest.status),
@@ -246,6 +256,11 @@ def _group_of(series: Series) -> str:
         f"{identity['num_heads']}/{identity['num_kv_heads']} heads of {identity['head_size']}"
     )
     return " ".join([str(shape), str(identity["dtype"]), *rest])
+
+
+def _attainable_s(series: Series, ceilings: Mapping[str, Ceilings]) -> float | None:
+    found = roofline(series.identity, ceilings.get(series.newest.run_id))
+    return found.attainable_s if found else None
 
 
 def _backend_name(series: Series) -> str:

@@ -19,6 +19,7 @@ from attnbench.history.rule import VerdictSettings
 from attnbench.history.runs import RunSummary
 from attnbench.history.series import Series, series_of
 from attnbench.history.verdict import Judgement
+from attnbench.store.ceilings import Ceilings
 from attnbench.store.disk import write_error
 
 if TYPE_CHECKING:
@@ -37,19 +38,23 @@ def render(
     pages: Pages | None = None,
     settings: VerdictSettings | None = None,
     summary: str | None = None,
+    ceilings: Mapping[str, Ceilings] | None = None,
 ) -> Path:
     """Write the pages of `table` into `out` and give the path of index.html.
 
     `table` has all columns of the record, `runs` is `runs_of(table)`; `matrix` is rows of the
     selection matrix (`attnbench matrix --format json`); `summary` is Markdown that is left beside
-    index.html as summary.md. Files of an earlier rendering are replaced.
+    index.html as summary.md; `ceilings` is `ResultsFolder.ceilings()`. Files of an earlier
+    rendering are replaced.
     Raises InfrastructureError on a full disk, DataError if `out` cannot be written.
     """
     pages = pages or Pages()
     settings = settings or VerdictSettings()
     every = series_of(table)
     try:
-        index = _write(table, list(runs), judgement, out, every, matrix, pages, settings)
+        index = _write(
+            table, list(runs), judgement, out, every, matrix, pages, settings, ceilings or {}
+        )
         if summary is not None:
             write_text_atomically(out / "summary.md", summary)
     except OSError as error:
@@ -74,6 +79,7 @@ def _write(
     matrix: Sequence[Mapping[str, Any]] | None,
     pages: Pages,
     settings: VerdictSettings,
+    ceilings: Mapping[str, Ceilings],
 ) -> Path:
     run_index = {run.run_id: number for number, run in enumerate(runs)}
     verdicts = data.verdicts_of(every, judgement, settings)
@@ -85,7 +91,7 @@ def _write(
         for chunk, content in data.series_chunks(every, verdicts, run_index).items():
             scripts[f"series-{chunk or 'all'}"] = content
     if pages.shows("backends"):
-        scripts["backends"] = data.backends_data(every, run_index)
+        scripts["backends"] = data.backends_data(every, run_index, ceilings)
     if pages.shows("matrix"):
         scripts["matrix"] = [dict(row) for row in matrix or ()]
     if pages.shows("conditions"):

@@ -33,6 +33,7 @@ class Quantity(StrEnum):
     GB_S = "gb_s"
     TOKENS_S = "tokens_s"
     ITL = "itl"
+    ROOFLINE = "roofline"
 
 
 QUANTITIES: Mapping[Quantity, QuantityInfo] = {
@@ -41,6 +42,7 @@ QUANTITIES: Mapping[Quantity, QuantityInfo] = {
     Quantity.GB_S: QuantityInfo("memory throughput", "GB/s", 1e-9, False),
     Quantity.TOKENS_S: QuantityInfo("query tokens of one layer", "tokens/s", 1.0, False),
     Quantity.ITL: QuantityInfo("ITL, attention only", "ms", 1e3, lower_is_better=True),
+    Quantity.ROOFLINE: QuantityInfo("of the roofline of its run", "%", 100.0, False),
 }
 
 
@@ -57,7 +59,8 @@ def itl_s(seconds: float, identity: Mapping[str, Any]) -> float | None:
 def derive(quantity: Quantity, seconds: float, identity: Mapping[str, Any]) -> float | None:
     """`quantity` in SI units from the seconds of one layer's call; None where it means nothing.
 
-    FLOPs and bytes are the record's, from closed formulas; tokens are the call's query tokens.
+    FLOPs and bytes are the record's, from closed formulas; tokens are the call's query tokens;
+    `attainable_s` is there where the run's ceilings are known (`attnbench.history.roofline`).
     """
     if seconds <= 0:
         return None
@@ -69,5 +72,6 @@ def derive(quantity: Quantity, seconds: float, identity: Mapping[str, Any]) -> f
         Quantity.TFLOP_S: identity["flops"],
         Quantity.GB_S: identity["bytes_moved"],
         Quantity.TOKENS_S: identity["num_tokens"],
+        Quantity.ROOFLINE: identity.get("attainable_s"),
     }[quantity]
     return amount / seconds if amount else None

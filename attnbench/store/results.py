@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from attnbench.errors import ResultsFolderError, UsageError
+from attnbench.store.ceilings import Ceilings
 from attnbench.store.check import CheckReport, check_folder
 from attnbench.store.compact import CompactedMonth, compact
 from attnbench.store.export import ExportFormat, export_table, format_of
@@ -160,6 +161,11 @@ class ResultsFolder:
         if run_id not in headers:
             raise UsageError(f"no run {run_id} in {self.path}; {_newest(headers)}")
         return headers[run_id]
+
+    def ceilings(self) -> dict[str, Ceilings]:
+        """Run id -> the rates its device reached, for the runs that measured them."""
+        headers = self._headers() if self.path.is_dir() else {}
+        return {run_id: h.ceilings for run_id, h in headers.items() if h.ceilings is not None}
 
     def _headers(self) -> dict[str, RunHeader]:
         with self._layout.locked(exclusive=False):

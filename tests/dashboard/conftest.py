@@ -10,6 +10,7 @@ import pytest
 from attnbench.dashboard import render
 from attnbench.history.runs import runs_of
 from attnbench.history.verdict import judge
+from attnbench.store.ceilings import Ceilings
 from tests.history.fake import HOSTILE, history, table_of
 
 MATRIX: list[dict[str, Any]] = [
@@ -41,5 +42,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the pages of the made-up history."""
     folder = tmp_path_factory.mktemp("site")
     table = table_of(history())
-    render(table, runs_of(table), judge(table), folder, matrix=MATRIX)
+    runs = runs_of(table)
+    rates = Ceilings(copy_bytes_per_s=1e10, matmul_flops_per_s={"fp32": 1e12, "bf16": 2e12})
+    ceilings = {run.run_id: rates for run in runs}
+    render(table, runs, judge(table), folder, matrix=MATRIX, ceilings=ceilings)
     return folder

@@ -187,7 +187,7 @@ def test_csv_export_holds_the_stored_and_the_derived_numbers(reader: Reader) -> 
     assert [r["look"] for r in rows].count("again") == 3
     columns = {"tflop_s": "flop_per_s", "gb_s": "bytes_per_s", "tokens_s": "tokens_per_s"}
     for quantity in QUANTITIES:
-        if quantity is Quantity.LATENCY:
+        if quantity in (Quantity.LATENCY, Quantity.ROOFLINE):  # one ceiling for each run
             continue
         name = columns.get(quantity, "itl_attention_s")
         expected = [derive(quantity, seconds, series["identity"]) for seconds in stored]
@@ -203,6 +203,18 @@ def test_backends_side_by_side(reader: Reader) -> None:
     assert len(best) == 1
     page.get_by_role("button", name="GB/s").click()
     page.wait_for_function("document.querySelector('#sides .ytitle').textContent.includes('GB/s')")
+    page.get_by_role("button", name="Roofline").click()
+    page.wait_for_function("document.querySelector('#sides .ytitle').textContent.includes('(%)')")
+    shown = page.locator("#sides-table tbody tr:nth-child(1) td:nth-child(3) a").inner_text()
+    spec = page.locator("#sides-table tbody tr:nth-child(1) td").first.inner_text()
+    (row,) = [
+        r
+        for r in read_data(reader.site, "backends")
+        if (r["batch_spec"], r["backend"], r["group"]) == (spec, "CPU_ATTN", "llama-3-8b fp32")
+    ]
+    assert float(shown.replace(",", "")) == pytest.approx(
+        100 * row["attainable_s"] / row["median_s"], rel=0.01
+    )
     page.select_option("#group", "llama-3-8b fp32 softcap=30")
     refusals = page.locator("#refusals tbody").inner_text()
     assert "UNSUPPORTED" in refusals

@@ -14,6 +14,7 @@ from attnbench.dashboard.data import chunk_digits
 from attnbench.errors import DataError, ExitCode, InfrastructureError
 from attnbench.history.runs import runs_of
 from attnbench.history.verdict import judge
+from attnbench.store.ceilings import Ceilings
 from tests.dashboard.reading import index_rows, read_data, series_id
 from tests.history.fake import HOSTILE, SLOW, history, row, table_of
 
@@ -85,6 +86,23 @@ def test_series_data_holds_the_stored_numbers(site: Path) -> None:
     assert slow["verdict"]["verdict"] == "REGRESSION"
     assert slow["verdict"]["since"] == 10
     assert slow["key"]["timer"] == "wall"
+
+
+def test_the_roofline_is_that_of_each_values_own_run(tmp_path: Path) -> None:
+    table = table_of(history(runs=3))
+    runs = runs_of(table)
+    rates = {"fp32": 1e12, "bf16": 2e12}
+    ceilings = {runs[-1].run_id: Ceilings(read_bytes_per_s=1e10, matmul_flops_per_s=rates)}
+    render(table, runs, judge(table), tmp_path, ceilings=ceilings)
+    rows = read_data(tmp_path, "backends")
+    known = [one for one in rows if one["attainable_s"] is not None]
+    assert known
+    for one in known:
+        rate = rates[one["group"].split()[1]]
+        assert one["run"] == len(runs) - 1
+        assert one["attainable_s"] == max(one["bytes_moved"] / 1e10, one["flops"] / rate)
+    render(table, runs, judge(table), tmp_path)
+    assert {one["attainable_s"] for one in read_data(tmp_path, "backends")} == {None}
 
 
 def test_every_run_has_its_conditions(site: Path) -> None:

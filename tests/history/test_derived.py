@@ -25,6 +25,14 @@ def test_quantities_in_their_units(quantity: str, shown: float) -> None:
     assert value * QUANTITIES[Quantity(quantity)].scale == pytest.approx(shown)
 
 
+def test_roofline_where_the_runs_ceilings_are_known() -> None:
+    value = derive(Quantity.ROOFLINE, 2e-3, DECODE | {"attainable_s": 5e-4})
+    assert value is not None
+    assert value * QUANTITIES[Quantity.ROOFLINE].scale == pytest.approx(25.0)
+    assert derive(Quantity.ROOFLINE, 2e-3, DECODE | {"attainable_s": None}) is None
+    assert derive(Quantity.ROOFLINE, 2e-3, DECODE) is None
+
+
 def test_what_is_unknown_is_none() -> None:
     assert derive(Quantity.TFLOP_S, 1e-3, {**DECODE, "flops": 0}) is None
     assert derive(Quantity.LATENCY, 0.0, DECODE) is None

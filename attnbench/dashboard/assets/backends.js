@@ -23,9 +23,9 @@ function choose() {
   if (state.phase && !phases.includes(state.phase)) state.phase = "";
   fillSelect($("phase"), [["", "all"], ...phases.map((p) => [p, p])], state.phase);
   const rows = chosen();
-  const quantities = ["latency", "tflop_s", "gb_s", "tokens_s", "itl"].filter((q) => rows.some((row) => hasQuantity(q, row)));
+  const quantities = ["latency", "tflop_s", "gb_s", "roofline", "tokens_s", "itl"].filter((q) => rows.some((row) => hasQuantity(q, row)));
   if (!quantities.includes(state.quantity)) state.quantity = "latency";
-  choice($("quantity"), quantities.map((q) => [q, { latency: "Latency", tflop_s: "TFLOP/s", gb_s: "GB/s", tokens_s: "Tokens/s", itl: "ITL" }[q]]), state.quantity,
+  choice($("quantity"), quantities.map((q) => [q, { latency: "Latency", tflop_s: "TFLOP/s", gb_s: "GB/s", roofline: "Roofline", tokens_s: "Tokens/s", itl: "ITL" }[q]]), state.quantity,
     (value) => { state.quantity = value; show(); });
 }
 

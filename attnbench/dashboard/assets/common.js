@@ -59,7 +59,7 @@ function derive(quantity, seconds, identity) {
   if (!(seconds > 0)) return null;
   if (quantity === "latency") return seconds;
   if (quantity === "itl") return identity.phase === "decode" ? seconds * identity.num_layers : null;
-  const amount = { tflop_s: identity.flops, gb_s: identity.bytes_moved, tokens_s: identity.num_tokens };
+  const amount = { tflop_s: identity.flops, gb_s: identity.bytes_moved, tokens_s: identity.num_tokens, roofline: identity.attainable_s };
   return amount[quantity] ? amount[quantity] / seconds : null;
 }
 const info = (quantity) => data().index.quantities[quantity];

@@ -173,16 +173,18 @@ function table() {
 
 function exportCsv() {
   const rows = [];
+  // Ceilings are of a run, and a series has many runs: percent of roofline is on the backends page.
+  const exported = Object.keys(data().index.quantities).filter((q) => q !== "latency" && q !== "roofline");
   for (const point of points()) {
     const times = [...point.replicates.map((s) => [s, "first"]), ...point.confirmations.map((s) => [s, "again"])];
     for (const [seconds, kind] of times.length ? times : [[null, ""]]) {
       rows.push([runs[point.run].id, point.at, point.commit, point.subject, point.stack, point.status, kind, seconds,
-        ...Object.keys(data().index.quantities).filter((q) => q !== "latency").map((q) => (seconds === null ? null : derive(q, seconds, series.identity))),
+        ...exported.map((q) => (seconds === null ? null : derive(q, seconds, series.identity))),
         point.reasons.join("; ")]);
     }
   }
   const names = { tflop_s: "flop_per_s", gb_s: "bytes_per_s", tokens_s: "tokens_per_s", itl: "itl_attention_s" };
-  const derivedNames = Object.keys(data().index.quantities).filter((q) => q !== "latency").map((q) => names[q]);
+  const derivedNames = exported.map((q) => names[q]);
   saveCsv(`${series.title.replace(/[^A-Za-z0-9._=-]+/g, "_")}.csv`,
     ["run_id", "started_at", "commit", "subject", "stack_id", "status", "look", "median_s", ...derivedNames, "reasons"], rows);
 }
