@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -107,15 +108,11 @@ def offset(us: float, span_us: float) -> str:
 
 
 def sweep(
-    plan: Sequence[PlannedPoint], options: MeasureOptions, on_point: Callable[[int], None]
-) -> tuple[list[Measurement], float]:
-    """All rows of a sweep into a folder that is thrown away, and its wall seconds."""
-    rows: list[Measurement] = []
-
-    def progress(new: Sequence[Measurement], done: int, total: int) -> None:
-        rows.extend(new)
-        on_point(done)
-
+    plan: Sequence[PlannedPoint],
+    options: MeasureOptions,
+    progress: Callable[[Sequence[Measurement], int, int], None],
+) -> float:
+    """Wall seconds of a sweep into a folder that is thrown away."""
     device = current_device()
     environment = read_environment(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +122,7 @@ def sweep(
             run_sweep(plan, run, options, device, environment, progress)
             seconds = time.perf_counter() - started
             run.seal()
-    return rows, seconds
+    return seconds
 
 
 def decode_plan(backend: str, limit: int | None = None) -> list[PlannedPoint]:
@@ -141,11 +138,18 @@ def repeat_table(backend: str) -> Iterator[str]:
     yield "|---|---|---|---|"
     for timer in GPU_TIMERS:
         options = MeasureOptions(timer=timer, replicates=PROCESSES, target_rel_ci=0.005)
-        rows, _ = sweep(plan, options, lambda done: None)
         medians: dict[str, list[float]] = {}
-        for row in rows:
-            if row.metric == Metric.ATTENTION and row.samples:
-                medians.setdefault(row.point_id, []).append(statistics.median(row.samples))
+
+        def keep(
+            rows: Sequence[Measurement],
+            done: int,
+            total: int,
+            medians: dict[str, list[float]] = medians,
+        ) -> None:
+            if rows[0].samples:
+                medians.setdefault(rows[0].point_id, []).append(statistics.median(rows[0].samples))
+
+        sweep(plan, options, keep)
         spreads = [
             max(abs(m / statistics.median(many) - 1) for m in many)
             for many in medians.values()
@@ -186,13 +190,18 @@ def rate_table(backend: str) -> Iterator[str]:
 
     plan = decode_plan(backend)
     options = MeasureOptions(timer=default_timer("cuda"), budget_s=0.05)
-    sweep(plan[:5], options, lambda done: None)
+    statuses: Counter[str] = Counter()
+
+    def count(rows: Sequence[Measurement], done: int, total: int) -> None:
+        statuses[rows[0].status] += 1
+
+    sweep(plan[:5], options, lambda *_: None)
     with busy_share() as busy:
-        rows, seconds = sweep(plan, options, lambda done: None)
-    statuses = {row.status for row in rows if row.metric == Metric.ATTENTION}
+        seconds = sweep(plan, options, count)
     share = f"{statistics.mean(busy):.0f} %" if busy else "unknown (no NVML)"
     yield f"{len(plan)} points in {seconds:.1f} s: {len(plan) / seconds:.1f} points/s, checked;"
-    yield f"GPU busy {share}; statuses {', '.join(sorted(statuses))}."
+    found = ", ".join(f"{status} {number}" for status, number in statuses.most_common())
+    yield f"GPU busy {share}; statuses {found}."
     started = time.perf_counter()
     for planned in plan:
         _, point = prepared(planned.workload.text, backend)
@@ -209,13 +218,13 @@ def memory_table(backend: str, count: int) -> Iterator[str]:
     )
     seen: dict[int, float] = {}
 
-    def look(done: int) -> None:
+    def look(rows: Sequence[Measurement], done: int, total: int) -> None:
         if done in (count // 10, count):
             mine = psutil.Process()
             every = [mine, *mine.children(recursive=True)]
             seen[done] = sum(process.memory_info().rss for process in every) / 2**20
 
-    _, seconds = sweep(plan, options, look)
+    seconds = sweep(plan, options, look)
     first, last = seen[count // 10], seen[count]
     yield f"{count} points in {seconds:.0f} s: host memory of the program and its worker"
     yield f"{first:.0f} MiB after a tenth, {last:.0f} MiB at the end: {last - first:+.1f} MiB."

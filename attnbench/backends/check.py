@@ -1,4 +1,4 @@
-"""Whether a backend's output is right: `check_output`."""
+"""Whether a backend's output is right, and its LSE where it returns one: `check_output`."""
 
 from __future__ import annotations
 
@@ -53,15 +53,35 @@ def row_tolerance(dtype: str, kv_cache_dtype: str) -> float:
     return tolerance
 
 
+def lse_tolerance(dtype: str, kv_cache_dtype: str) -> float:
+    """Largest accepted |lse - reference|, in nats: the rule of `row_tolerance` again.
+
+    An LSE moves by at most what its logits move, and those by the rounding of the scaled query, a
+    sum of as many random errors as the head has elements: the emulations stay below 3.5 u (fp8
+    query and weights: 3 times e4m3's). fp32 sums as in `row_tolerance`.
+    """
+    u = unit_roundoff(torch_dtype(dtype))
+    tolerance = max(7 * u, 2e-5)
+    if is_fp8(torch_dtype(kv_cache_dtype)):
+        tolerance += 6 * unit_roundoff(torch.float8_e4m3fn)
+    return tolerance
+
+
 def poison_(output: torch.Tensor) -> torch.Tensor:
     """Fill an output with NaN before a kernel writes it, so that unwritten elements show."""
     return output.fill_(float("nan"))
 
 
 def check_output(
-    output: torch.Tensor, reference: ReferenceResult, dtype: str, kv_cache_dtype: str
+    output: torch.Tensor,
+    reference: ReferenceResult,
+    dtype: str,
+    kv_cache_dtype: str,
+    lse: torch.Tensor | None = None,
 ) -> OutputCheck:
     """Compare `output` (num_tokens, num_heads, v_head_size) with the reference, row by row.
+
+    And `lse` (n, num_heads), natural logs of the first n tokens, where the kernel returned one.
 
     Every element must be finite: `poison_` the output before the kernel runs and an unwritten one
     is NaN. Each (token, head) row must be within `row_tolerance`; a row much smaller than the
@@ -105,16 +125,32 @@ def check_output(
         value, index = relative.max(dim=0)
         if float(value) > worst:
             worst, worst_row = float(value), first + int(index)
-    ok = worst <= tolerance
-    reason = (
-        ""
-        if ok
-        else (
+    reason = ""
+    if worst > tolerance:
+        reason = (
             f"error {worst:.3g} of the row's size exceeds {tolerance:.3g} in "
             f"{_where(reference, worst_row, num_heads)} (max_abs_error {max_abs:.3g})"
         )
+    elif lse is not None:
+        reason = _wrong_lse(lse, reference, lse_tolerance(dtype, kv_cache_dtype))
+    return OutputCheck(ok=not reason, max_abs_error=max_abs, rel_error=worst, reason=reason)
+
+
+def _wrong_lse(lse: torch.Tensor, reference: ReferenceResult, tolerance: float) -> str:
+    expected = reference.lse[: len(lse)]
+    if lse.shape != expected.shape:
+        return f"LSE has shape {tuple(lse.shape)}, expected {tuple(expected.shape)}"
+    error = (lse.to(expected.device, torch.float64) - expected).abs().flatten()
+    if not len(error):
+        return ""
+    # NaN compares as the largest.
+    row = int(error.argmax())
+    if float(error[row]) <= tolerance:
+        return ""
+    return (
+        f"LSE is off by {float(error[row]):.3g}, more than {tolerance:.3g}, in "
+        f"{_where(reference, row, expected.shape[1])}"
     )
-    return OutputCheck(ok=ok, max_abs_error=max_abs, rel_error=worst, reason=reason)
 
 
 def _where(reference: ReferenceResult, row: int, num_heads: int) -> str:

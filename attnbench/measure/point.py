@@ -178,6 +178,7 @@ def _measure(
             truth,
             planned.workload.dtype,
             planned.workload.resolved_kv_cache_dtype,
+            whose.lse(),
         )
 
     def facts(found: OutputCheck, *checked: str) -> dict[str, Any]:
@@ -199,18 +200,21 @@ def _measure(
         return
 
     def twins(count: int) -> list[Callable[[], object]]:
-        every.extend(point.twin() for _ in range(count))
+        every.extend([point.twin() for _ in range(count)])
         return [twin.attend for twin in every[1:]]
 
     def poison() -> None:
         for one in every:
             one.poison()
 
-    target = Target(point.attend, attention_bytes(planned.workload), twins, poison)
+    target = Target(
+        point.attend, attention_bytes(planned.workload), twins, poison, point.twin_bytes
+    )
     timed = _Timed(planned, context, maker)
     checked = ("before", "after_graph_replay" if context.timer.execution == "graph" else "after")
     conditions_after: Mapping[str, float] = {}
     for l2_state in context.timer.l2_states:
+        del every[1:]
         others = OtherLoad()
         try:
             row = timed.row(Metric.ATTENTION, target, l2_state, facts(before, *checked))
@@ -237,7 +241,7 @@ def _measure(
             conditions_after=conditions_after,
             throttle_reasons=throttle_reasons(conditions_before, conditions_after),
         )
-        del every[1:]
+    del every[1:]
     more = {"conditions_before": conditions_before, "conditions_after": conditions_after}
     parts = dict(point.timed_calls())
     if context.timer.host is not context.timer:

@@ -26,11 +26,15 @@ class PreparedPoint(Protocol):
     def build_metadata(self) -> None: ...
     def attend(self) -> None: ...
     def poison(self) -> None:
-        """Fill the output with values no kernel writes."""
+        """Fill the output, and an LSE that is there, with values no kernel writes."""
         ...
 
     def output(self) -> torch.Tensor:
         """(num_tokens, num_heads, v_head_size), to compare with the reference."""
+        ...
+
+    def lse(self) -> torch.Tensor | None:
+        """(n, num_heads) of the first n tokens that the last `attend` returned; None: none."""
         ...
 
     def timed_calls(self) -> Mapping[Metric, Callable[[], object]]:
@@ -39,6 +43,11 @@ class PreparedPoint(Protocol):
 
     def twin(self) -> Self:
         """The same point over its own copy of every tensor a call reads or writes."""
+        ...
+
+    @property
+    def twin_bytes(self) -> int:
+        """Memory of a twin, but for its metadata."""
         ...
 
 
@@ -116,10 +125,17 @@ class _Prepared:
             key=batch.key.clone(),
             value=batch.value.clone(),
             metadata=copy.deepcopy(batch.metadata),
+            layer=copy.deepcopy(batch.layer),
         )
         twin.kv_cache = copy.deepcopy(self.kv_cache)  # with its strides, which clone() may lose
         twin.build_metadata()
         return twin
+
+    @property
+    def twin_bytes(self) -> int:
+        batch, layer = self.batch, self.batch.layer
+        copied = (self.kv_cache, batch.query, batch.key, batch.value, layer.W_UK, layer.W_UV)
+        return sum(tensor.nbytes for tensor in copied) + batch.query.nbytes  # and an output
 
 
 class _PreparedAttention(_Prepared):
@@ -167,6 +183,9 @@ class _PreparedAttention(_Prepared):
     def output(self) -> torch.Tensor:
         return self.out
 
+    def lse(self) -> torch.Tensor | None:
+        return None
+
     def timed_calls(self) -> Mapping[Metric, Callable[[], object]]:
         calls: dict[Metric, Callable[[], object]] = {Metric.METADATA_BUILD: self.build_metadata}
         if self.writes_cache:
@@ -197,6 +216,7 @@ class _PreparedMLA(_Prepared):
         self.latent_out = new((self.num_decode_tokens, shape.num_heads, shape.kv_lora_rank))
         num_prefill_tokens = batch.query.shape[0] - self.num_decode_tokens
         self.prefill_out = new((num_prefill_tokens, shape.num_heads, shape.v_head_size))
+        self.returned_lse: torch.Tensor | None = None
         self.write_kv_cache()
 
     def write_kv_cache(self) -> None:
@@ -213,11 +233,13 @@ class _PreparedMLA(_Prepared):
         twin.decode_query = self.decode_query.clone()
         twin.latent_out = torch.empty_like(self.latent_out)
         twin.prefill_out = torch.empty_like(self.prefill_out)
+        twin.returned_lse = None
         return twin
 
     def attend(self) -> None:
         if self.num_decode_tokens:
-            self.impl.forward_mqa(
+            # Kept: replays of a graph write the LSE to where its capture did.
+            self.returned_lse = self.impl.forward_mqa(
                 self.batch.layer, self.decode_query, self.kv_cache, self.metadata, self.latent_out
             )
         if self.prefill_out.shape[0]:
@@ -237,10 +259,15 @@ class _PreparedMLA(_Prepared):
     def poison(self) -> None:
         poison_(self.latent_out)
         poison_(self.prefill_out)
+        if self.returned_lse is not None:
+            poison_(self.returned_lse)
 
     def output(self) -> torch.Tensor:
         decoded = torch.einsum("thl,hlv->thv", self.latent_out, self.batch.layer.W_UV)
         return torch.cat([decoded, self.prefill_out])
+
+    def lse(self) -> torch.Tensor | None:
+        return self.returned_lse
 
     def timed_calls(self) -> Mapping[Metric, Callable[[], object]]:
         return {

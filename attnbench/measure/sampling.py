@@ -20,13 +20,16 @@ class Block:
     Attributes:
         sm_clock_hz: clock of the multiprocessors during each sample; empty: not read.
         discarded: samples that were taken and are not among these (throttled, starved).
-        give_up: "" or why no further block will do better.
+        give_up: why no further block will do better; None: one may.
+        stamped_s: seconds between the stamps around each sample, by the device's global timer, NaN
+            where one was not written; empty: not read.
     """
 
     samples: tuple[float, ...]
     sm_clock_hz: tuple[float, ...] = ()
     discarded: int = 0
     give_up: StopReason | None = None
+    stamped_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class Target:
         call: runs it on the first copy.
         bytes_touched: distinct bytes one call reads and writes.
         copies: makes the same call on that many further copies of everything it touches.
+        copy_bytes: device memory of one such copy, which may be far more than a call touches.
         before_block: poisons the outputs, so that each block must write them again.
     """
 
@@ -68,6 +72,7 @@ class Target:
     bytes_touched: int = 0
     copies: Callable[[int], Sequence[Callable[[], object]]] | None = None
     before_block: Callable[[], object] = field(default=lambda: None)
+    copy_bytes: int = 0
 
 
 class Session(Protocol):
@@ -75,7 +80,11 @@ class Session(Protocol):
 
     l2_state: str
     reuse_distance_bytes: int | None
-    kernel_names: tuple[str, ...]
+
+    @property
+    def kernel_names(self) -> tuple[str, ...]:
+        """Of one call, in the order of their starts; empty: nobody looked."""
+        ...
 
     def now_s(self) -> float:
         """The clock the budget is counted on."""

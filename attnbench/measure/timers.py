@@ -124,9 +124,9 @@ class WallSession:
         until = time.perf_counter() + seconds
         while True:
             self._call()
+            self._drain()  # or calls of a slow kernel would queue up by the thousand
             if time.perf_counter() >= until:
                 break
-        self._drain()
 
     def block(self) -> Block:
         samples: list[float] = []

@@ -29,6 +29,7 @@ class TruthCache:
         self._folder = folder
         self._key = ""
         self._latest: tuple[AttentionBatch, ReferenceResult] | None = None
+        self._room = _MAX_KEPT_BYTES - _kept_bytes(folder) if folder else 0
 
     def get(
         self, planned: PlannedPoint, backend: type[AttentionBackend], device: Device
@@ -57,12 +58,17 @@ class TruthCache:
     def _keep(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         """Save if there is room: a full disk costs the next replicate time, never a point."""
         size = sum(tensor.nbytes for tensor in tensors.values())
-        kept = sum(other.stat().st_size for other in path.parent.glob("*.pt"))
-        if kept + size > _MAX_KEPT_BYTES:
+        if size > self._room:
             return
         partial = path.with_suffix(".tmp")
         try:
             torch.save(tensors, partial)
             partial.replace(path)
+            self._room -= size
         except (OSError, RuntimeError):
             partial.unlink(missing_ok=True)
+
+
+def _kept_bytes(folder: Path) -> int:
+    """What earlier workers of the sweep have kept."""
+    return sum(file.stat().st_size for file in folder.glob("*.pt"))

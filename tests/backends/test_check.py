@@ -6,12 +6,15 @@ float32, weights and output rounded); each broken one overrides the one step it 
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 
 from attnbench.backends.batch import AttentionBatch, make_batch
-from attnbench.backends.check import check_output, poison_, row_tolerance
+from attnbench.backends.check import check_output, lse_tolerance, poison_, row_tolerance
+from attnbench.backends.dtypes import is_fp8
 from attnbench.backends.kv_cache import (
     allocate_kv_cache,
     fill_context,
@@ -58,11 +61,13 @@ class Kernel:
         return request
 
     def run(self, output: torch.Tensor) -> None:
+        self.lse = torch.full(output.shape[:2], torch.nan)
         write_slots(self.views[0], self.batch.key, self.slot_mapping(), self.k_scale)
         write_slots(self.views[1], self.batch.value, self.slot_mapping(), self.v_scale)
         for request in range(len(self.batch.requests)):
             start, end = self.batch.query_range(request)
             output[start:end] = self.attend(request, self.batch.query[start:end].float())
+            self.lse[start:end] = self.lse_of_last
 
     def attend(self, request: int, query: torch.Tensor) -> torch.Tensor:
         shape, dtype = self.batch.shape, self.batch.spec.dtype
@@ -82,14 +87,28 @@ class Kernel:
         hidden = ~self.visible(own[:, None] - positions[None, :])
         logits = torch.einsum("thd,khd->thk", query, key.repeat_interleave(group, 1))
         logits = (logits * shape.scale).masked_fill(hidden[:, None], float("-inf"))
-        weights = torch.exp(logits - logits.amax(-1, keepdim=True))
+        highest = logits.amax(-1, keepdim=True)
+        weights = torch.exp(logits - highest)
         total = weights.sum(-1, keepdim=True)
+        self.lse_of_last = (total.log() + highest)[..., 0]
         value = value.repeat_interleave(group, 1)
         output = torch.einsum("thk,khd->thd", weights.to(dtype).float(), value) / total
         if shape.is_mla:
             up = self.batch.layer.W_UV.float()
             output = torch.einsum("thl,hlv->thv", output.to(dtype).float(), up)
         return output
+
+
+class RoundsTheScaledQuery(Kernel):
+    """Right as well, and as coarse as kernels are: an fp8 cache meets an fp8 query."""
+
+    def attend(self, request: int, query: torch.Tensor) -> torch.Tensor:
+        scale = self.batch.shape.scale
+        query = (query * scale).to(self.batch.spec.dtype).float()
+        if is_fp8(self.views[0].dtype) and not self.batch.shape.is_mla:
+            step = query.abs().max() / 448  # the largest number of e4m3
+            query = (query / step).to(torch.float8_e4m3fn).float() * step
+        return super().attend(request, query / scale)
 
 
 class IgnoresTheBlockTable(Kernel):
@@ -201,9 +220,13 @@ def outcome(
     output = torch.zeros(reference.output.shape, dtype=batch.spec.dtype)
     if poison:
         poison_(output)
-    kernel(batch).run(output)
+    running = kernel(batch)
+    running.run(output)
     workload = batch.workload
-    check = check_output(output, reference, workload.dtype, workload.resolved_kv_cache_dtype)
+    names = (workload.dtype, workload.resolved_kv_cache_dtype)
+    check = check_output(output, reference, *names)
+    if check.ok:
+        check = check_output(output, reference, *names, running.lse)
     assert check.ok == (check.reason == "")
     return check.ok, check.reason
 
@@ -239,6 +262,42 @@ BROKEN = [
 def test_a_right_kernel_passes(spec: str, fmt: str) -> None:
     batch = make_batch(Workload.parse(f"{SPECS[spec]} {fmt}"))
     assert outcome(Kernel, batch, reference_attention(batch)) == (True, "")
+    assert outcome(RoundsTheScaledQuery, batch, reference_attention(batch)) == (True, "")
+
+
+@pytest.mark.parametrize("fmt", COARSE_FORMATS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_wrong_lse_is_caught_beside_a_right_output(spec: str, fmt: str) -> None:
+    batch = make_batch(Workload.parse(f"{SPECS[spec]} {fmt}"))
+    reference = reference_attention(batch)
+    names = (batch.workload.dtype, batch.workload.resolved_kv_cache_dtype)
+    output = torch.zeros(reference.output.shape, dtype=batch.spec.dtype)
+    kernel = Kernel(batch)
+    kernel.run(output)
+    right = kernel.lse
+
+    def reason(lse: torch.Tensor) -> str:
+        return check_output(output, reference, *names, lse).reason
+
+    assert reason(right) == ""
+    assert reason(right[:1]) == ""  # decode tokens only
+    assert "LSE is off by" in reason(right / math.log(2))  # a log of base 2
+    assert "LSE is off by" in reason(right - right.amax())  # forgot to add the largest logit
+    unwritten = right.clone()
+    unwritten[-1, -1] = torch.nan
+    last = len(batch.requests) - 1
+    assert f"LSE is off by nan, more than {lse_tolerance(*names):.3g}, in request {last}" in reason(
+        unwritten
+    )
+    assert "LSE has shape" in reason(right[:, None])
+
+
+def test_an_lse_of_float32_is_held_to_float32() -> None:
+    batch = make_batch(Workload.parse(f"{SPECS['decode']} dtype=fp32"))
+    reference = reference_attention(batch)
+    output = reference.output.float()
+    assert check_output(output, reference, "fp32", "fp32", reference.lse.float()).ok
+    assert not check_output(output, reference, "fp32", "fp32", reference.lse.float() + 1e-4).ok
 
 
 @pytest.mark.parametrize("fmt", COARSE_FORMATS)

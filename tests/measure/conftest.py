@@ -18,6 +18,7 @@ import time
 import torch
 
 from attnbench.backends.cpu_attn import CPUAttentionBackend, CPUAttentionImpl
+from attnbench.backends.torch_mla import TorchMLABackend, TorchMLAImpl
 
 
 def backend(name, forward):
@@ -51,6 +52,20 @@ def silent(self, layer, query, key, value, kv_cache, attn_metadata, output, *res
     return output
 
 
+class LSEImpl(TorchMLAImpl):
+    calls = 0
+
+    def forward_mqa(self, *args):
+        type(self).calls += 1
+        lse = super().forward_mqa(*args)
+        return lse + 0.5 if type(self).calls > 3 else lse
+
+
+class LSELaterWrong(TorchMLABackend):
+    get_name = staticmethod(lambda: "LSE_LATER_WRONG")
+    get_impl_cls = staticmethod(lambda: LSEImpl)
+
+
 def raising(self, *args, **kwargs):
     raise RuntimeError("no kernel image is available\\nsecond line")
 
@@ -81,6 +96,7 @@ NAMES = {
     "RIGHT": "Right",
     "WRONG": "Wrong",
     "LATER_WRONG": "LaterWrong",
+    "LSE_LATER_WRONG": "LSELaterWrong",
     "SILENT": "Silent",
     "RAISING": "Raising",
     "HUNGRY": "Hungry",

@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from attnbench.backends.check import check_output
 from attnbench.backends.device import Device
 from attnbench.backends.registry import get_backend_class
 from attnbench.measure.environment import read_environment
 from attnbench.measure.options import MeasureOptions
 from attnbench.measure.plan import PlannedPoint, plan_workloads
 from attnbench.measure.point import PointContext, measure_point, untimed_reason
+from attnbench.measure.prepare import prepare
 from attnbench.measure.timers import FakeTimer, Subject, WallTimer
 from attnbench.measure.truth import TruthCache
 from attnbench.store.record import Measurement, Metric, Status, point_id
@@ -100,6 +103,32 @@ def test_a_point_that_fails_is_a_row_without_samples(
     assert row.timer == "wall"
 
 
+def test_a_poisoned_point_keeps_no_answer_and_a_twin_has_its_own(context: PointContext) -> None:
+    batch, truth = context.truths.get(
+        PlannedPoint(MLA, "TORCH_MLA"), get_backend_class("TORCH_MLA"), CPU
+    )
+    with torch.no_grad():
+        point = prepare(PlannedPoint(MLA, "TORCH_MLA"), batch)
+        point.attend()
+        twin = point.twin()
+        assert twin.lse() is None
+        twin.attend()
+        point.poison()
+    for one_, ok in ((point, False), (twin, True)):
+        lse = one_.lse()
+        assert lse is not None
+        assert bool(lse.isfinite().all()) is ok
+        assert check_output(one_.output(), truth, "fp32", "fp32", lse).ok is ok
+
+
+@pytest.mark.usefixtures("misbehaving")
+def test_an_lse_that_goes_wrong_while_it_is_timed_loses_the_time(context: PointContext) -> None:
+    context = replace(context, timer=WallTimer(), truths=TruthCache())
+    row = one(measure_point(PlannedPoint(MLA, "LSE_LATER_WRONG"), context))
+    assert (row.status, row.samples) == (Status.INCORRECT, ())
+    assert row.reasons[0].startswith("after timing: LSE is off by 0.5")
+
+
 def test_a_refused_point_is_a_row_with_every_reason(context: PointContext) -> None:
     refused = Workload.parse("1q1s40 sinks=1 softcap=20 dtype=fp32")
     row = one(measure_point(PlannedPoint(refused, "TORCH_SDPA"), context))
@@ -151,17 +180,29 @@ def test_references_are_kept_only_while_there_is_room(
 ) -> None:
     from attnbench.measure import truth
 
-    monkeypatch.setattr(truth, "_MAX_KEPT_BYTES", 10)
-    rows = measure_point(
-        PlannedPoint(SMALL, "CPU_ATTN"), replace(context, truths=TruthCache(tmp_path))
-    )
-    assert rows[0].status == Status.OK
-    assert list(tmp_path.iterdir()) == []
+    def kept() -> int:
+        """Files after two points, each in a worker of its own that shares the folder."""
+        for spec in ("3q1s40", "3q1s41"):
+            planned = PlannedPoint(
+                Workload.parse(f"{spec} heads=4/2 head_size=32 dtype=fp32"), "CPU_ATTN"
+            )
+            rows = measure_point(planned, replace(context, truths=TruthCache(tmp_path)))
+            assert rows[0].status == Status.OK
+        files = list(tmp_path.iterdir())
+        for file in files:
+            file.unlink()
+        return len(files)
+
+    # One: 3 tokens of 4 heads of 32 values, 4 LSE a token, 4 starts. A file is somewhat larger.
+    one = 8 * 3 * 4 * 32 + 8 * 3 * 4 + 4 * 4
+    for room, files in ((one - 1, 0), (one * 2, 1), (one * 6, 2)):
+        monkeypatch.setattr(truth, "_MAX_KEPT_BYTES", room)
+        assert kept() == files, room
 
     # A folder that is gone, or a file cut short, costs time and never the point.
     (tmp_path / "gone").mkdir()
+    monkeypatch.setattr(truth, "_MAX_KEPT_BYTES", 1 << 30)
     cache = TruthCache(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    monkeypatch.setattr(truth, "_MAX_KEPT_BYTES", 1 << 30)
     rows = measure_point(PlannedPoint(SMALL, "CPU_ATTN"), replace(context, truths=cache))
     assert rows[0].status == Status.OK

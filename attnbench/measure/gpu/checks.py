@@ -5,6 +5,7 @@ Written against `GpuRuntime`, so that a simulated device that lies in a known wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -333,12 +334,10 @@ def _read(timer: Timer, gpu: GpuRuntime, call: Callable[[], None]) -> _Reading:
     read: list[float] = []
     true: list[float] = []
     for _ in range(_REPEATS):
-        samples = session.block().samples
-        read += samples
+        block = session.block()
+        read += block.samples
         if gpu.has_stamps:  # every sample lies between two stamps (`measure/gpu/layout.py`)
-            stamps = gpu.read_stamps(2 * len(samples))
-            pairs = zip(stamps[::2], stamps[1::2], strict=True)
-            true += [(end.time_ns - begin.time_ns) * 1e-9 for begin, end in pairs if end.sm >= 0]
+            true += [seconds for seconds in block.stamped_s if not math.isnan(seconds)]
         else:
             started = gpu.now_s()
             call()

@@ -72,6 +72,7 @@ class CudaRuntime:
             )
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self.l2_bytes = int(properties.L2_cache_size)
+        self.memory_bytes = int(properties.total_memory)
         # Torch tells it from some version on only; NVML's highest clock is the same number.
         rated_hz = float(getattr(properties, "clock_rate", 0)) * 1e3
         self.rated_clock_hz = rated_hz or max_sm_clock_hz(str(getattr(properties, "uuid", "")))
@@ -116,11 +117,14 @@ class CudaRuntime:
 
     def capture(self, enqueue: Callable[[], object]) -> Graph:
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph):
                 enqueue()
         except RuntimeError:
-            # A capture that failed leaves an error behind that belongs to nobody else.
+            # Torch leaves its capture stream current when the end of a capture fails, and an error
+            # behind that belongs to nobody else.
+            torch.cuda.set_stream(stream)
             torch.cuda.synchronize()
             raise
         return CudaGraph(graph)

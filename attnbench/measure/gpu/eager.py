@@ -15,7 +15,7 @@ from attnbench.errors import TimerError
 from attnbench.measure.gpu.layout import Layout, enqueue_samples, plan_layout
 from attnbench.measure.gpu.runtime import GpuRuntime, KernelRecord
 from attnbench.measure.gpu.throttle import ThrottleGuard
-from attnbench.measure.gpu.trace import sample_kernels
+from attnbench.measure.gpu.trace import kernel_names, sample_kernels
 from attnbench.measure.sampling import Block, Target
 
 #: Device seconds a block may last: long enough to be cheap, short enough to stop soon.
@@ -32,7 +32,12 @@ _WARM_UP_CALLS = 3
 
 
 class Reading(Protocol):
-    """How one block's samples are read; one object for each way."""
+    """How one block's samples are read; one object for each session.
+
+    `kernel_names`: of every sample, once a block was read by a way that sees them.
+    """
+
+    kernel_names: tuple[str, ...]
 
     def read(self, gpu: GpuRuntime, layout: Layout, count: int, delay_s: float) -> list[float]:
         """Enqueue a delay and `count` samples, wait, return their seconds.
@@ -64,6 +69,8 @@ def run_behind_delay(gpu: GpuRuntime, delay_s: float, enqueue: Callable[[], obje
 class EventReading:
     """A pair of events around each call."""
 
+    kernel_names: tuple[str, ...] = ()
+
     def read(self, gpu: GpuRuntime, layout: Layout, count: int, delay_s: float) -> list[float]:
         starts = [gpu.new_event() for _ in range(count)]
         ends = [gpu.new_event() for _ in range(count)]
@@ -79,15 +86,29 @@ class EventReading:
 
 class TraceReading:
     """The kernels of each call in a CUPTI trace: `span` from first start to last end, gaps
-    included; `sum` of their durations."""
+    included; `sum` of their durations.
+
+    Raises:
+        TimerError: two samples hold different kernels: records were lost.
+    """
 
     def __init__(self, way: str) -> None:
         self._seconds = {"span": _span_s, "sum": _sum_s}[way]
+        self.kernel_names: tuple[str, ...] = ()
 
     def read(self, gpu: GpuRuntime, layout: Layout, count: int, delay_s: float) -> list[float]:
         with gpu.trace() as records:
             run_behind_delay(gpu, delay_s, lambda: enqueue_samples(gpu, layout, count))
-        return [self._seconds(kernels) for kernels in sample_kernels(records, gpu.mark_name, count)]
+        samples = sample_kernels(records, gpu.mark_name, count)
+        self.kernel_names = self.kernel_names or kernel_names(samples[0])
+        for kernels in samples:
+            if (names := kernel_names(kernels)) != self.kernel_names:
+                raise TimerError(
+                    f"one call left {list(names)} in the trace, another {list(self.kernel_names)}: "
+                    "CUPTI lost records, or the call does not do the same each time; use --timer "
+                    "event"
+                )
+        return [self._seconds(kernels) for kernels in samples]
 
 
 def _span_s(kernels: list[KernelRecord]) -> float:
@@ -121,12 +142,15 @@ class EagerSession:
         self._layout = plan_layout(target, gpu, l2_state)
         self.l2_state = self._layout.l2_state
         self.reuse_distance_bytes = self._layout.reuse_distance_bytes
-        self.kernel_names: tuple[str, ...] = ()
         self._host_s, device_s, launches = self._warm_up()
         self._count = max(
             1, min(_MAX_SAMPLES, int(_BLOCK_S / device_s), int(_MAX_LAUNCHES / launches))
         )
         self._margin = _MARGIN
+
+    @property
+    def kernel_names(self) -> tuple[str, ...]:
+        return self._reading.kernel_names
 
     def now_s(self) -> float:
         return self._gpu.now_s()

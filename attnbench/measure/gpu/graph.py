@@ -6,6 +6,8 @@ a graph that replays over one input reads a hot cache and calls it a kernel's ti
 
 from __future__ import annotations
 
+import torch
+
 from attnbench.errors import TimerError
 from attnbench.measure.gpu.layout import enqueue_samples, plan_layout
 from attnbench.measure.gpu.runtime import Event, GpuRuntime, Graph
@@ -36,12 +38,14 @@ class GraphSession:
         self.l2_state = self._layout.l2_state
         self.reuse_distance_bytes = self._layout.reuse_distance_bytes
         self._count = self._choose_count()
+        # Before the capture: what a captured call returned must stay what its replays write to.
+        self.kernel_names = self._eager_kernels(target)
         self._starts = [gpu.new_event() for _ in range(self._count)]
         self._ends = [gpu.new_event() for _ in range(self._count)]
         self._graph = self._capture(self._starts, self._ends)
         self._graph.replay()
         gpu.synchronize()
-        self.kernel_names = self._compare_kernels(target)
+        self._compare_kernels()
 
     def now_s(self) -> float:
         return self._gpu.now_s()
@@ -71,31 +75,38 @@ class GraphSession:
 
         try:
             return self._gpu.capture(enqueue)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             first = (str(error).splitlines() or [""])[0]
             raise TimerError(
                 f"the call cannot be captured in a graph ({first}); use --timer event"
             ) from error
 
-    def _compare_kernels(self, target: Target) -> tuple[str, ...]:
-        """Names of one call's kernels, the same eager and in every sample of the graph."""
+    def _eager_kernels(self, target: Target) -> tuple[str, ...]:
+        """Names of one call's kernels; none where kernels cannot be traced."""
         gpu = self._gpu
         if gpu.trace_missing:
             return ()
-        with gpu.trace() as eager_records:
+        with gpu.trace() as records:
             gpu.stamp(0)
             target.call()
             gpu.stamp(1)
-        eager = kernel_names(sample_kernels(eager_records, gpu.mark_name, 1)[0])
-        with gpu.trace() as graph_records:
+        return kernel_names(sample_kernels(records, gpu.mark_name, 1)[0])
+
+    def _compare_kernels(self) -> None:
+        """Every sample of the graph must run the kernels of the call."""
+        gpu = self._gpu
+        if gpu.trace_missing:
+            return
+        with gpu.trace() as records:
             self._graph.replay()
-        for kernels in sample_kernels(graph_records, gpu.mark_name, self._count):
-            if (captured := kernel_names(kernels)) != eager:
+        for kernels in sample_kernels(records, gpu.mark_name, self._count):
+            if (captured := kernel_names(kernels)) != self.kernel_names:
                 raise TimerError(
-                    f"the graph runs {list(captured)}, the call {list(eager)}: its time would be "
-                    "of something else; use --timer event"
+                    f"the graph runs {list(captured)}, the call {list(self.kernel_names)}: its "
+                    "time would be of something else; use --timer event"
                 )
-        return eager
 
     def block(self) -> Block:
         self._graph.replay()

@@ -8,7 +8,10 @@ The stamps give the clock of the multiprocessors during the sample and mark its 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+
+import torch
 
 from attnbench.errors import UsageError
 from attnbench.measure.gpu.runtime import GpuRuntime
@@ -18,7 +21,8 @@ from attnbench.measure.sampling import Target
 #: do for a cache that evicts the oldest line; real ones hash and keep what was read often.
 COLD_FACTOR = 2
 
-#: At most this part of the free memory, and this many copies, for a rotation.
+#: At most this part of the device's memory (of all of it: a choice that hung on what is free would
+#: differ from point to point of one series), and this many copies, for a rotation.
 _MAX_MEMORY_SHARE = 0.25
 _MAX_COPIES = 64
 
@@ -58,10 +62,12 @@ def plan_layout(
     needed = COLD_FACTOR * gpu.l2_bytes
     if prefer_rotation and target.copies is not None and target.bytes_touched > 0:
         more = -(-needed // target.bytes_touched)
-        fits = (more + 1) * target.bytes_touched <= _MAX_MEMORY_SHARE * gpu.free_bytes()
+        fits = more * target.copy_bytes <= _MAX_MEMORY_SHARE * gpu.memory_bytes
         if needed > 0 and more < _MAX_COPIES and fits:
-            calls = (target.call, *target.copies(more))
-            return Layout(calls, False, "cold", more * target.bytes_touched)
+            # Others may hold the memory that the device has.
+            with suppress(torch.OutOfMemoryError):
+                calls = (target.call, *target.copies(more))
+                return Layout(calls, False, "cold", more * target.bytes_touched)
     written = gpu.flush_l2()
     gpu.synchronize()
     proved = 0 < needed <= written

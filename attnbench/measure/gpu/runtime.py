@@ -62,6 +62,7 @@ class GpuRuntime(Protocol):
 
     Attributes:
         l2_bytes: size of the L2 cache.
+        memory_bytes: the device's memory, whoever holds it.
         rated_clock_hz: highest clock of the multiprocessors; 0.0: not known.
         has_stamps: `stamp` reads clocks here; elsewhere it is a mark in a trace and nothing more.
         timer_step_ns: step of the global timer that stamps read.
@@ -70,6 +71,7 @@ class GpuRuntime(Protocol):
     """
 
     l2_bytes: int
+    memory_bytes: int
     rated_clock_hz: float
     has_stamps: bool
     timer_step_ns: int

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from itertools import compress
 
-from attnbench.measure.gpu.clock import ThrottleRule, sample_clocks_hz
-from attnbench.measure.gpu.runtime import GpuRuntime
+from attnbench.measure.gpu.clock import ThrottleRule, ThrottleVerdict, sample_clocks_hz
+from attnbench.measure.gpu.runtime import GpuRuntime, Stamp
 from attnbench.measure.sampling import Block
 from attnbench.measure.stopping import StopReason
 
@@ -15,13 +15,12 @@ from attnbench.measure.stopping import StopReason
 class ThrottleGuard:
     """Judges the blocks of one session, and rests where the rule says so.
 
-    `locked_clock_hz`: what the clocks are locked to; 0.0: they are not, and the device's rated
-    clock is the reference.
+    `rule`: what is thrown away; None: nothing.
     """
 
-    def __init__(self, gpu: GpuRuntime, locked_clock_hz: float = 0.0) -> None:
+    def __init__(self, gpu: GpuRuntime, rule: ThrottleRule | None) -> None:
         self._gpu = gpu
-        self._rule = ThrottleRule(locked_clock_hz or gpu.rated_clock_hz)
+        self._rule = rule
 
     def judge(self, seconds: Sequence[float], discarded: int = 0) -> Block:
         """The block of `seconds`, read with stamps 2i and 2i + 1 around sample i.
@@ -32,8 +31,13 @@ class ThrottleGuard:
         gpu = self._gpu
         if not gpu.has_stamps:
             return Block(tuple(seconds), discarded=discarded)
-        clocks = sample_clocks_hz(gpu.read_stamps(2 * len(seconds)), gpu.timer_step_ns)
-        verdict = self._rule.judge(clocks)
+        stamps = gpu.read_stamps(2 * len(seconds))
+        clocks = sample_clocks_hz(stamps, gpu.timer_step_ns)
+        spans = [_span_s(*pair) for pair in zip(stamps[::2], stamps[1::2], strict=True)]
+        if self._rule is None:
+            verdict = ThrottleVerdict((True,) * len(clocks), rest_s=0.0, give_up=False)
+        else:
+            verdict = self._rule.judge(clocks)
         if verdict.rest_s:
             gpu.pause(verdict.rest_s)
         kept = [math.nan if clock is None else clock for clock in compress(clocks, verdict.keep)]
@@ -42,4 +46,11 @@ class ThrottleGuard:
             tuple(kept),
             discarded + verdict.keep.count(False),
             StopReason.THROTTLED if verdict.give_up else None,
+            tuple(compress(spans, verdict.keep)),
         )
+
+
+def _span_s(begin: Stamp, end: Stamp) -> float:
+    if min(begin.sm, end.sm) < 0:
+        return math.nan
+    return (end.time_ns - begin.time_ns) * 1e-9

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
+from attnbench.measure.gpu.clock import ThrottleRule
 from attnbench.measure.gpu.eager import EagerSession, EventReading, TraceReading
 from attnbench.measure.gpu.graph import GraphSession
 from attnbench.measure.gpu.runtime import GpuRuntime
@@ -63,18 +64,24 @@ class GpuTimer:
 
     @cached_property
     def host(self) -> WallTimer:
-        """Host seconds until a call returns, the device idle at its start."""
-        return WallTimer(drain=self.gpu.synchronize)
+        """Host seconds until a call returns, the device idle at its start.
+
+        Warmed up by one call: the timing of the kernel has made many before.
+        """
+        return WallTimer(warm_up_s=0.0, drain=self.gpu.synchronize)
 
     def floor_s(self) -> float:
-        """Median of an empty kernel by this timer, hot: part of every sample it takes."""
-        session = self._session(Target(self.gpu.empty_kernel), "hot")
+        """Median of an empty kernel by this timer, hot: part of every sample it takes.
+
+        At whatever clock the device runs: a throttled one has a floor too.
+        """
+        session = self._session(Target(self.gpu.empty_kernel), "hot", ThrottleGuard(self.gpu, None))
         samples = sorted(s for _ in range(3) for s in session.block().samples)
         return samples[len(samples) // 2]
 
     def open(self, target: Target, subject: Subject, l2_state: str) -> Session:
-        return self._session(target, l2_state)
+        rule = ThrottleRule(self._locked_clock_hz or self.gpu.rated_clock_hz)
+        return self._session(target, l2_state, ThrottleGuard(self.gpu, rule))
 
-    def _session(self, target: Target, l2_state: str) -> Session:
-        guard = ThrottleGuard(self.gpu, self._locked_clock_hz)
+    def _session(self, target: Target, l2_state: str, guard: ThrottleGuard) -> Session:
         return _SESSIONS[self.name](self.gpu, target, l2_state, guard)

@@ -67,6 +67,7 @@ class SimulatedGpu:
     """`launch_s`: host time of a launch. `gap_s`: device time between two kernels."""
 
     l2_bytes: int = 60_000_000
+    memory_bytes: int = 100 << 30
     rated_clock_hz: float = 2e9
     has_stamps: bool = True
     trace_missing: str = ""
@@ -80,12 +81,14 @@ class SimulatedGpu:
     flush_factor: int = 2
     queue_depth: int = 1024
     lose_every: int = 0  # of the records of a trace
+    lose: str = ""  # name of a kernel of which records are lost, every second one
     clock_hz: Callable[[float], float] = lambda at_s: 2e9
     host_s: float = 0.0
     device_s: float = 0.0  # when the stream is empty again
     launches: int = 0
     log: list[KernelRecord] = field(default_factory=list)
     _cycles: float = 0.0
+    _seen: int = 0
     _pending: deque[float] = field(default_factory=deque)
     _captured: list[Operation] | None = None
     _l2: OrderedDict[str, int] = field(default_factory=OrderedDict)
@@ -208,7 +211,7 @@ class SimulatedGpu:
 
     def read_stamps(self, count: int) -> list[Stamp]:
         self.synchronize()
-        return [self._stamps[slot] for slot in range(count)]
+        return [self._stamps.pop(slot, Stamp(-1, 0, 0)) for slot in range(count)]
 
     def capture(self, enqueue: Callable[[], object]) -> Graph:
         self._captured = []
@@ -228,8 +231,10 @@ class SimulatedGpu:
         yield records
         self.synchronize()
         for number, record in enumerate(self.log[first:], 1):
-            if not self.lose_every or number % self.lose_every:
+            self._seen += record.name == self.lose
+            is_lost = record.name == self.lose and self._seen % 2 == 0
+            if not is_lost and (not self.lose_every or number % self.lose_every):
                 records.append(record)
 
     def free_bytes(self) -> int:
-        return 100 * 1 << 30
+        return self.memory_bytes

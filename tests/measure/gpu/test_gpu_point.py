@@ -5,7 +5,8 @@ The impl computes on the CPU and launches one kernel on the simulated device bes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from attnbench.backends.cpu_attn import CPUAttentionImpl
 from attnbench.backends.device import Device
 from attnbench.measure.environment import read_environment
+from attnbench.measure.gpu.runtime import KernelRecord
 from attnbench.measure.gpu.timers import GpuTimer
 from attnbench.measure.options import MeasureOptions
 from attnbench.measure.plan import PlannedPoint
@@ -158,6 +160,28 @@ def test_a_timer_that_cannot_time_the_call_is_not_replaced() -> None:
     assert "use --timer wall" in row.reasons[0]
 
 
+def test_a_timer_that_fails_in_one_state_of_the_cache_leaves_the_other_alone(
+    launching: Callable[[SimulatedGpu], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimulatedGpu(l2_bytes=2 * attention_bytes(SMALL))  # small enough for a rotation
+    launching(gpu)
+    trace = SimulatedGpu.trace
+    traces: list[int] = []
+
+    @contextmanager
+    def lossy(self: SimulatedGpu) -> Iterator[list[KernelRecord]]:
+        with trace(self) as records:
+            yield records
+        traces.append(len(records))
+        if len(traces) == 2:  # that of the first graph
+            records.pop()
+
+    monkeypatch.setattr(SimulatedGpu, "trace", lossy)
+    cold, hot = measured(gpu, "graph", ("cold", "hot"))[:2]
+    assert (cold.status, cold.l2_state) == (Status.UNTIMED, "cold")
+    assert (hot.status, hot.l2_state) == (Status.OK, "hot"), hot.reasons
+
+
 @pytest.mark.parametrize(("workload", "backend"), [(SMALL, "CPU_ATTN"), (MLA, "TORCH_MLA")])
 def test_a_twin_computes_the_same_and_shares_nothing(workload: Workload, backend: str) -> None:
     from attnbench.backends.batch import make_batch
@@ -173,6 +197,29 @@ def test_a_twin_computes_the_same_and_shares_nothing(workload: Workload, backend
         point.kv_cache.fill_(float("nan"))  # type: ignore[attr-defined]
         point.batch.query.fill_(float("nan"))  # type: ignore[attr-defined]
         point.batch.metadata.block_table_tensor.zero_()  # type: ignore[attr-defined]
+        for tensor in vars(point.batch.layer).values():  # type: ignore[attr-defined]
+            if isinstance(tensor, torch.Tensor):
+                tensor.fill_(float("nan"))
         twin.poison()
         twin.attend()
-    assert torch.equal(twin.output(), right)
+        assert torch.equal(twin.output(), right)
+        copied = _storage_bytes(twin) - _storage_bytes(twin, of=_tensors(point))
+    assert copied == pytest.approx(twin.twin_bytes, rel=0.1)
+
+
+def _tensors(value: object, depth: int = 4) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    members = getattr(value, "__dict__", None)
+    if members is None or depth == 0:
+        return []
+    return [t for member in members.values() for t in _tensors(member, depth - 1)]
+
+
+def _storage_bytes(point: object, of: list[torch.Tensor] | None = None) -> int:
+    """Bytes of all memory behind the tensors of `point`; only what is shared with `of`."""
+    mine = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(point)}
+    if of is None:
+        return sum(mine.values())
+    theirs = {t.untyped_storage().data_ptr() for t in of}
+    return sum(size for at, size in mine.items() if at in theirs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
+import torch
 
 from attnbench.errors import TimerError
 from attnbench.measure.gpu.clock import MAX_LOST_BLOCKS, RECOVERY_S
@@ -13,7 +14,7 @@ from attnbench.measure.gpu.timers import GpuTimer
 from attnbench.measure.options import GPU_TIMERS
 from attnbench.measure.sampling import Target, Timing, sample
 from attnbench.measure.stopping import StoppingRule, StopReason
-from attnbench.measure.timers import Subject
+from attnbench.measure.timers import Subject, WallTimer
 from attnbench.workload import Workload
 from tests.measure.gpu.simulated import SimulatedGpu
 
@@ -52,7 +53,8 @@ def timed(
     gpu: SimulatedGpu, timer: str, call: Callable[[], object], l2_state: str = "cold"
 ) -> Timing:
     copies = call.copies if isinstance(call, Attention) else None
-    target = Target(call, getattr(call, "size", 0), copies)
+    size = getattr(call, "size", 0)
+    target = Target(call, size, copies, copy_bytes=size)
     session = GpuTimer(timer, make_gpu=lambda: gpu).open(target, SUBJECT, l2_state)
     return sample(session, rule(), target)
 
@@ -133,6 +135,30 @@ def test_a_small_input_that_cannot_rotate_is_flushed_inside_the_graph() -> None:
     assert timing.samples[0] == pytest.approx(true_seconds(gpu, "graph", call.cold_s), rel=1e-6)
 
 
+def test_copies_that_do_not_fit_the_memory_are_not_made() -> None:
+    # A window over a long context: a call touches little of what a copy holds.
+    gpu = SimulatedGpu()
+    call = Attention(gpu)
+    share = gpu.memory_bytes // 4 // 6  # six copies of 20 MB are twice the cache
+    fits = plan_layout(Target(call, call.size, call.copies, copy_bytes=share), gpu, "cold", True)
+    assert (fits.flush, len(fits.calls), call.copies_made) == (False, 7, 6)
+    call.copies_made = 0
+    target = Target(call, call.size, call.copies, copy_bytes=share + 1)
+    too_large = plan_layout(target, gpu, "cold", True)
+    assert (too_large.flush, len(too_large.calls), call.copies_made) == (True, 1, 0)
+    assert too_large.l2_state == "cold"
+
+
+def test_the_flush_takes_over_where_others_hold_the_memory() -> None:
+    gpu = SimulatedGpu()
+
+    def copies(count: int) -> Sequence[Callable[[], object]]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    layout = plan_layout(Target(Attention(gpu), 20 * MB, copies), gpu, "cold", True)
+    assert (layout.flush, layout.l2_state) == (True, "cold")
+
+
 def test_a_flush_that_is_too_small_proves_nothing() -> None:
     gpu = SimulatedGpu(flush_factor=1)
     layout = plan_layout(Target(Attention(gpu)), gpu, "cold")
@@ -174,10 +200,51 @@ def test_a_graph_that_runs_other_kernels_than_the_call_is_refused() -> None:
         timed(gpu, "graph", call)
 
 
+def test_what_a_captured_call_returned_is_what_replays_write_to() -> None:
+    gpu = SimulatedGpu()
+    returned: list[str] = []
+
+    def call() -> None:
+        gpu.kernel("attention", 10e-6)
+        returned.append("captured" if gpu.is_capturing else "eager")
+
+    timed(gpu, "graph", call, "hot")
+    assert returned[0] == "eager"
+    assert returned[-1] == "captured"
+
+
+def test_running_out_of_memory_is_not_called_a_call_that_cannot_be_captured() -> None:
+    gpu = SimulatedGpu()
+
+    def call() -> None:
+        if gpu.is_capturing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        gpu.kernel("attention", 10e-6)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        timed(gpu, "graph", call, "hot")
+
+
+@pytest.mark.parametrize("timer", ["cupti_span", "cupti_sum"])
+def test_a_lost_kernel_in_the_middle_of_a_call_is_not_a_shorter_time(timer: str) -> None:
+    gpu = SimulatedGpu(lose="combine")
+    with pytest.raises(TimerError, match="CUPTI lost records, or the call"):
+        timed(gpu, timer, Attention(gpu))
+    whole = SimulatedGpu()
+    assert timed(whole, timer, Attention(whole)).kernel_names == ("split", "combine")
+
+
 def test_lost_trace_records_are_not_a_time() -> None:
     gpu = SimulatedGpu(lose_every=7)
     with pytest.raises(TimerError, match="CUPTI lost records"):
         timed(gpu, "cupti_span", Attention(gpu))
+
+
+@pytest.mark.parametrize("timer", GPU_TIMERS)
+def test_a_slow_device_has_a_floor_too(timer: str) -> None:
+    gpu = SimulatedGpu(clock_hz=lambda at_s: 1e9)
+    floor = GpuTimer(timer, make_gpu=lambda: gpu).floor_s()
+    assert floor == pytest.approx(true_seconds(gpu, timer, (gpu.empty_kernel_s,)), rel=1e-6)
 
 
 def test_a_call_that_launches_nothing_is_refused() -> None:
@@ -202,9 +269,16 @@ def test_host_time_is_the_launch_and_not_the_kernel() -> None:
     gpu = SimulatedGpu(launch_s=5e-6)
     timer = GpuTimer("event", make_gpu=lambda: gpu)
     assert timer.host.name == "wall"
-    before = gpu.device_s
-    target = Target(Attention(gpu))
+    backlog_s: list[float] = []
+
+    def call() -> None:
+        backlog_s.append(gpu.device_s - gpu.host_s)
+        gpu.kernel("attention", 0.2)
+
+    target = Target(call)
     session = timer.host.open(target, SUBJECT, "cold")
+    assert len(backlog_s) == 1  # seconds of kernels are not for warming up a launch
     session.block()
-    assert gpu.device_s > before
-    assert gpu.host_s >= gpu.device_s - 1e-3
+    gpu.synchronize()
+    WallTimer(0.005, gpu.synchronize).open(target, SUBJECT, "cold")
+    assert max(backlog_s) <= 0  # no call waits behind another
