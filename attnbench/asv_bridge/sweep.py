@@ -35,10 +35,12 @@ def sweep_suite(suite: str, grid: Grid, folder: Path) -> Path:
     pyarrow once per parameter combination. Returns `folder`.
 
     Raises: InfrastructureError when the attnbench that runs is not the commit's, nothing of the
-        grid exists at this commit, or every point failed: asv shows the suite as failed.
+        grid exists at this commit, another sweep runs on the device, or every point failed: asv
+        shows the suite as failed.
     """
     check_installed_commit()
     from attnbench.measure import run_sweep
+    from attnbench.measure.device_lock import device_lock
     from attnbench.measure.environment import read_environment
     from attnbench.measure.header import new_header
     from attnbench.selection import resolve_device
@@ -54,7 +56,8 @@ def sweep_suite(suite: str, grid: Grid, folder: Path) -> Path:
     options = read_options(grid)
     results = ResultsFolder(Path(grid.results))
     environment = read_environment(device)
-    with results.open_run(new_header(plan, options, environment)) as run:
+    header = new_header(plan, options, environment)
+    with device_lock(environment.device_uuid), results.open_run(header) as run:
         outcome = run_sweep(plan, run, options, device, environment)
         run.seal()
     columns = ["workload", "backend", "variant", "metric", "samples", "status", "reasons"]

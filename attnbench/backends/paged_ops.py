@@ -31,13 +31,31 @@ def write_slots(
 
     `features` may be narrower in the last dimension than the plane's: the rest is left alone.
     """
-    slots = slot_mapping
+    target = movable(plane[..., : rows.shape[-1]])
+    values = movable(quantize(rows, plane.dtype, scale))
+    slots, values = (_skipped if slot_mapping.device.type == "cpu" else _written_back)(
+        target, slot_mapping, values
+    )
+    block_size = plane.shape[1]
+    target[slots // block_size, slots % block_size] = values
+
+
+def _skipped(
+    target: torch.Tensor, slots: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     if bool((slots < 0).any()):
         keep = slots >= 0
-        slots, rows = slots[keep], rows[keep]
-    block_size = plane.shape[1]
-    target = movable(plane[..., : rows.shape[-1]])
-    target[slots // block_size, slots % block_size] = movable(quantize(rows, plane.dtype, scale))
+        return slots[keep], values[keep]
+    return slots, values
+
+
+def _written_back(
+    target: torch.Tensor, slots: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a look at the slots would wait for the device: what is skipped writes to the first
+    slot of the null block, which nobody else writes to, the value that it holds."""
+    keep = (slots >= 0).view(-1, *[1] * (values.dim() - 1))
+    return slots.clamp_min(0), torch.where(keep, values, target[0, 0])
 
 
 def gather_tokens(plane: torch.Tensor, block_table: torch.Tensor, num_tokens: int) -> torch.Tensor:

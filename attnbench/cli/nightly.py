@@ -12,7 +12,7 @@ import typer
 
 from attnbench.cli.history import HISTORY_COLUMNS, verdict_row
 from attnbench.cli.output import Format, FormatOption, emit, note
-from attnbench.cli.sweeping import L2_HELP, LOCK_HELP, SHARD_HELP, TIMER_HELP
+from attnbench.cli.sweeping import L2_HELP, LOCK_HELP, RATED_HELP, SHARD_HELP, TIMER_HELP
 
 if TYPE_CHECKING:
     from attnbench.history import Judgement
@@ -37,6 +37,7 @@ def nightly(
     timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
     l2: Annotated[list[str] | None, typer.Option(help=L2_HELP)] = None,
     lock_clocks: Annotated[float, typer.Option(metavar="MHZ", help=LOCK_HELP)] = 0.0,
+    rated_clock: Annotated[float, typer.Option(metavar="MHZ", help=RATED_HELP)] = 0.0,
     replicates: Annotated[
         int | None, typer.Option(help="Fresh processes that measure each point. Default: settings.")
     ] = None,
@@ -85,24 +86,30 @@ def nightly(
         backends = backend or requested_backends(settings)
         suites = choose_suites(settings, suite or [])
         plan = take_shard(make_plan(suites, preset or settings.preset, backends, device), shard)
-        options = replace(options, shard=shard, locked_clock_hz=lock_clocks * 1e6)
-        sweep = Sweep.planned(folder, plan, options, device)
-    duration_s = sweep.measure("measuring").duration_s
-    planned = [point.point_id for point in sweep.plan]
-    run_id = sweep.header.run_id
-    judgement = judge(folder.table(NEEDED_COLUMNS), run_id, planned=planned)
-    # A night that was stopped while it confirmed goes on with what it had begun to confirm.
-    flagged = set(judgement.flagged_points()) | _confirmed_points(folder, run_id)
-    if flagged:
-        note(f"{len(flagged)} points look slower: measuring them again in fresh processes")
-        again = [point for point in sweep.plan if point.point_id in flagged]
-        confirm = replace(
-            sweep.options,
-            first_replicate=FIRST_CONFIRMATION,
-            replicates=max(MIN_CONFIRMATIONS, sweep.options.replicates),
+        options = replace(
+            options,
+            shard=shard,
+            locked_clock_hz=lock_clocks * 1e6,
+            rated_clock_hz=rated_clock * 1e6,
         )
-        duration_s += sweep.again(again, confirm).measure("confirming").duration_s
+        sweep = Sweep.planned(folder, plan, options, device)
+    with sweep.held() as sweep:
+        duration_s = sweep.measure("measuring").duration_s
+        planned = [point.point_id for point in sweep.plan]
+        run_id = sweep.header.run_id
         judgement = judge(folder.table(NEEDED_COLUMNS), run_id, planned=planned)
+        # A night that was stopped while it confirmed goes on with what it had begun to confirm.
+        flagged = set(judgement.flagged_points()) | _confirmed_points(folder, run_id)
+        if flagged:
+            note(f"{len(flagged)} points look slower: measuring them again in fresh processes")
+            again = [point for point in sweep.plan if point.point_id in flagged]
+            confirm = replace(
+                sweep.options,
+                first_replicate=FIRST_CONFIRMATION,
+                replicates=max(MIN_CONFIRMATIONS, sweep.options.replicates),
+            )
+            duration_s += sweep.again(again, confirm).measure("confirming").duration_s
+            judgement = judge(folder.table(NEEDED_COLUMNS), run_id, planned=planned)
     if sweep.options.shard:
         judgement = replace(judgement, dropped=())  # they are other shards'
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from attnbench.cli.output import Format, FormatOption, emit
-from attnbench.cli.sweeping import L2_HELP, LOCK_HELP, SHARD_HELP, TIMER_HELP
+from attnbench.cli.sweeping import L2_HELP, LOCK_HELP, RATED_HELP, SHARD_HELP, TIMER_HELP
 from attnbench.errors import ExitCode, SelectionError, UsageError
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def run(
     timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
     l2: Annotated[list[str] | None, typer.Option(help=L2_HELP)] = None,
     lock_clocks: Annotated[float, typer.Option(metavar="MHZ", help=LOCK_HELP)] = 0.0,
+    rated_clock: Annotated[float, typer.Option(metavar="MHZ", help=RATED_HELP)] = 0.0,
     replicates: Annotated[int, typer.Option(help="Fresh processes that measure each point.")] = 1,
     budget: Annotated[
         float | None, typer.Option(help="Seconds of samples per point. Default: settings.")
@@ -91,7 +92,12 @@ def run(
     options = measure_options(
         settings, device, timer, l2 or [], replicates, budget, timeout, fake_slowdown or []
     )
-    options = replace(options, shard=shard, locked_clock_hz=lock_clocks * 1e6)
+    options = replace(
+        options,
+        shard=shard,
+        locked_clock_hz=lock_clocks * 1e6,
+        rated_clock_hz=rated_clock * 1e6,
+    )
     folder = ResultsFolder(results or settings.results)
     if resume:
         sweep = Sweep.resumed(ctx, folder, resume)
@@ -102,7 +108,8 @@ def run(
             emit([point.to_json() for point in plan], format)
             return
         sweep = Sweep.planned(folder, plan, options, device)
-    sweep.measure("measuring")
+    with sweep.held() as sweep:
+        sweep.measure("measuring")
     rows = folder.table(where={"run_id": sweep.header.run_id}).to_pylist()
     emit(summary_rows(rows, sweep.header.ceilings), format, COLUMNS)
     _require_an_answer(rows)

@@ -34,6 +34,10 @@ L2_HELP = "State of a GPU's L2 cache, cold or hot; repeat for both. Default: col
 LOCK_HELP = (
     "Hold the GPU's clock at this many MHz while measuring (needs root). Default: left alone."
 )
+RATED_HELP = (
+    "Judge samples by this clock, in MHz, for a GPU whose clocks were lowered on purpose. "
+    "Default: the device's highest."
+)
 SHARD_HELP = "Measure one of n disjoint parts of the plan, i/n, e.g. 2/4: one machine each."
 
 Report = Callable[[Sequence["Measurement"], int, int], None]
@@ -60,7 +64,6 @@ class Sweep:
         device: Device,
     ) -> Sweep:
         """A new run. Raises UsageError if there is nothing to measure."""
-        from attnbench.measure.ceilings import ceilings_of_run
         from attnbench.measure.environment import read_environment
         from attnbench.measure.header import new_header
 
@@ -70,10 +73,7 @@ class Sweep:
                 "is empty; `attnbench backends` lists who runs here"
             )
         environment = read_environment(device)
-        ceilings, why_not = ceilings_of_run(plan, options, device)
-        if why_not:
-            note(f"no percent of roofline in this run: {why_not}")
-        header = replace(new_header(plan, options, environment), ceilings=ceilings)
+        header = new_header(plan, options, environment)
         return cls(folder, header, plan, options, device, environment, resume=False)
 
     @classmethod
@@ -95,25 +95,41 @@ class Sweep:
         """The same run with other points or options, to be gone on with."""
         return replace(self, plan=plan, options=options, resume=True)
 
-    def measure(self, label: str) -> SweepOutcome:
-        """Measure and seal."""
-        from attnbench.measure import run_sweep
+    @contextmanager
+    def held(self) -> Iterator[Sweep]:
+        """The sweep on a device that is held: against other sweeps, and at the clock asked for.
+
+        A new run's ceilings are measured here, on the same device in the same state.
+        Raises InfrastructureError if another sweep holds it; see `locked_clocks` for the clock.
+        """
+        from attnbench.measure.ceilings import ceilings_of_run
+        from attnbench.measure.device_lock import device_lock
         from attnbench.measure.gpu.locked_clocks import locked_clocks
+
+        uuid, asked_hz = self.environment.device_uuid, self.options.locked_clock_hz
+        locked = locked_clocks(uuid, asked_hz) if asked_hz else nullcontext(0.0)
+        with device_lock(uuid), locked as locked_hz:
+            held = replace(self, options=replace(self.options, locked_clock_hz=locked_hz))
+            if not self.resume:
+                ceilings, why_not = ceilings_of_run(self.plan, self.options, self.device)
+                if why_not:
+                    note(f"no percent of roofline in this run: {why_not}")
+                held = replace(held, header=replace(self.header, ceilings=ceilings))
+            yield held
+
+    def measure(self, label: str) -> SweepOutcome:
+        """Measure and seal. The device is `held`."""
+        from attnbench.measure import run_sweep
 
         announce(self.plan, self.options, self.device)
         opened = self.folder.open_run(self.header, resume=self.resume)
-        asked_hz = self.options.locked_clock_hz
-        locked = (
-            locked_clocks(self.environment.device_uuid, asked_hz) if asked_hz else nullcontext(0.0)
-        )
-        with opened as run, locked as locked_hz, progress(label) as report:
-            options = replace(self.options, locked_clock_hz=locked_hz)
+        with opened as run, progress(label) as report:
             for orphan in run.orphans:
                 note(f"sealed run {orphan.run_id}, which had been stopped: {orphan.num_rows} rows")
                 if orphan.set_aside is not None:
                     note(f"  {len(orphan.corrupt_lines)} corrupt lines kept in {orphan.set_aside}")
             outcome = run_sweep(
-                self.plan, run, options, self.device, self.environment, report, note
+                self.plan, run, self.options, self.device, self.environment, report, note
             )
             path = run.seal()
         if run.was_removed:

@@ -145,7 +145,7 @@ class WorkerExecutor(_Executor):
         self._start()
 
     def look_after(self, rows: list[Measurement]) -> None:
-        failed = [row for row in rows if row.status in (Status.ERROR, Status.OOM)]
+        failed = [row for row in rows if _may_have_broken(row)]
         if self._worker is None or not failed:
             return  # a worker that was lost is followed by one that proves itself at its start
         if any(_poisons(row) for row in failed):
@@ -183,6 +183,11 @@ class WorkerExecutor(_Executor):
         if self._worker is not None:
             self._worker.kill()
             self._worker = None
+
+
+def _may_have_broken(row: Measurement) -> bool:
+    uncaptured = row.status == Status.UNTIMED and row.execution == "graph"
+    return row.status in (Status.ERROR, Status.OOM) or uncaptured
 
 
 def _poisons(row: Measurement) -> bool:

@@ -23,9 +23,11 @@ def check_device(device: Device) -> None:
         return
     import torch
 
-    total = float(torch.ones(_SIZE, device=device.torch_device).sum().item())
+    # Random numbers: their generator is what a failed capture of a graph leaves broken.
+    numbers = torch.rand(_SIZE, device=device.torch_device)
+    total = float((numbers < 2).sum().item())
     if total != _SIZE:
         raise InfrastructureError(
-            f"{device}: the sum of {_SIZE} ones came out as {total:g}; look at the device's error "
-            "counters (nvidia-smi -q) before trusting any result"
+            f"{device}: the count of {_SIZE} numbers came out as {total:g}; look at the device's "
+            "error counters (nvidia-smi -q) before trusting any result"
         )

@@ -31,6 +31,7 @@ class MeasureOptions:
             `fake` (exact times from a formula, for tests of everything behind the timer).
         l2_states: states of the L2 cache a GPU timer measures metric `attention` in.
         locked_clock_hz: clock the GPU is held at while this runs; 0.0: it is left alone.
+        rated_clock_hz: clock samples are judged by where nothing is locked; 0.0: the device's own.
         replicates: fresh processes that measure every point.
         first_replicate: number of the first one; confirmations count on from where a run stopped.
         budget_s: seconds of samples per point and metric `attention`; other metrics get a fifth.
@@ -44,6 +45,7 @@ class MeasureOptions:
     timer: str = "wall"
     l2_states: tuple[str, ...] = ("cold",)
     locked_clock_hz: float = 0.0
+    rated_clock_hz: float = 0.0
     replicates: int = 1
     first_replicate: int = 0
     budget_s: float = 0.5
@@ -65,6 +67,11 @@ class MeasureOptions:
             raise UsageError(
                 f"--lock-clocks {self.locked_clock_hz / 1e6:g}: it is for GPU timers and needs a "
                 "clock in MHz, e.g. 1500; leave it out"
+            )
+        if self.rated_clock_hz < 0 or (self.rated_clock_hz and self.timer not in GPU_TIMERS):
+            raise UsageError(
+                f"--rated-clock {self.rated_clock_hz / 1e6:g}: it is for GPU timers and needs a "
+                "clock in MHz, e.g. 1200; leave it out"
             )
         for name in ("budget_s", "target_rel_ci", "timeout_s"):
             if not 0 < getattr(self, name) < math.inf:

@@ -18,7 +18,7 @@ from attnbench.backends.registry import backend_status, get_backend_class
 from attnbench.errors import AttnBenchError, TimerError
 from attnbench.measure.environment import Environment, OtherLoad, read_conditions
 from attnbench.measure.gpu.clock import THROTTLE_THRESHOLD
-from attnbench.measure.gpu.nvml import throttle_reasons
+from attnbench.measure.gpu.nvml import invalidating_reasons, throttle_reasons
 from attnbench.measure.options import MeasureOptions
 from attnbench.measure.plan import PlannedPoint
 from attnbench.measure.prepare import PreparedPoint, prepare
@@ -236,11 +236,9 @@ def _measure(
                 Status.INCORRECT, reasons=reasons, l2_state=l2_state, **facts(wrong, *checked)
             )
             return
-        yield replace(
-            row,
-            conditions_after=conditions_after,
-            throttle_reasons=throttle_reasons(conditions_before, conditions_after),
-        )
+        held_back = throttle_reasons(conditions_before, conditions_after)
+        row = replace(row, conditions_after=conditions_after, throttle_reasons=held_back)
+        yield _doubt_if_held_back(row)
     del every[1:]
     more = {"conditions_before": conditions_before, "conditions_after": conditions_after}
     parts = dict(point.timed_calls())
@@ -250,6 +248,8 @@ def _measure(
         try:
             yield timed.row(metric, Target(call), context.timer.l2_states[0], more)
         # A part that cannot be timed alone costs that part, not the whole.
+        except TimerError as error:
+            yield maker.row(Status.UNTIMED, metric, reasons=(str(error),))
         except Exception as error:
             yield maker.row(Status.ERROR, metric, reasons=(_one_line(error),))
 
@@ -264,6 +264,15 @@ def _doubt_if_shared(
     if other_cores <= _MAX_OTHER_CORES:
         return row
     reason = f"other processes kept {other_cores:.1f} cores busy while it was timed"
+    return replace(row, status=str(Status.NOISY), reasons=(reason,))
+
+
+def _doubt_if_held_back(row: Measurement) -> Measurement:
+    """A time of a device that is too hot or short of power is NOISY, at whatever clock."""
+    bad = invalidating_reasons(row.throttle_reasons)
+    if not bad or row.status != Status.OK:
+        return row
+    reason = f"the device was held back while it was timed: {', '.join(bad)}"
     return replace(row, status=str(Status.NOISY), reasons=(reason,))
 
 
@@ -306,7 +315,8 @@ class _Timed:
         if timing.stop_reason is StopReason.THROTTLED:
             reason = (
                 f"{timing.discarded} samples were below {THROTTLE_THRESHOLD:.0%} of the rated "
-                "clock; let the device cool, or see `attnbench doctor`"
+                "clock; let the device cool, see `attnbench doctor`, or, if its clocks were "
+                "lowered on purpose, give them with --rated-clock"
             )
             return self._maker.row(Status.THROTTLED, metric, reasons=(reason,), **how, **more)
         return self._maker.row(

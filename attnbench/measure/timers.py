@@ -216,4 +216,6 @@ def make_timer(options: MeasureOptions) -> Timer:
         return WallTimer(min(_WARM_UP_S, options.budget_s))
     from attnbench.measure.gpu.timers import GpuTimer
 
-    return GpuTimer(options.timer, options.l2_states, options.locked_clock_hz)
+    return GpuTimer(
+        options.timer, options.l2_states, options.locked_clock_hz or options.rated_clock_hz
+    )

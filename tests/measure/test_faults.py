@@ -17,6 +17,7 @@ from attnbench.backends.device import Device
 from attnbench.errors import InfrastructureError
 from attnbench.measure import MeasureOptions, PlannedPoint
 from attnbench.measure import worker as worker_module
+from attnbench.measure.executor import WorkerExecutor
 from attnbench.measure.sweep import Isolation
 from attnbench.measure.worker import (
     Task,
@@ -233,6 +234,18 @@ def test_a_worker_that_ran_out_of_memory_measures_nothing_more(
     sweep(plan, ResultsFolder(tmp_path / "results"), isolation)
     workers = (faulty / "health_checks").read_text().split()
     assert len(set(workers)) == 3  # one for each try, and one for FINE
+
+
+@pytest.mark.parametrize(("execution", "looks"), [("graph", 1), ("eager", 0)])
+def test_a_graph_that_was_not_captured_makes_the_worker_prove_itself(
+    isolation: Isolation, faulty: Path, execution: str, looks: int
+) -> None:
+    with WorkerExecutor(_setup(isolation)) as executor:
+        planned = PlannedPoint(workload(0), "FINE")
+        executor.measure(planned)
+        row = executor.row(planned, Status.UNTIMED, "the call cannot be captured in a graph")
+        executor.look_after([replace(row, execution=execution)])
+    assert len((faulty / "health_checks").read_text().split()) == 1 + looks
 
 
 def test_the_counter_of_memory_kills_is_read_from_its_line(tmp_path: Path) -> None:

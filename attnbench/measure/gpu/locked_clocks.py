@@ -49,7 +49,8 @@ def _lock(device: NvmlDevice, mhz: int) -> None:
     except nvml.NVMLError_NoPermission as error:
         raise UsageError(
             "--lock-clocks: the driver lets only root lock clocks; run as root, lock them yourself "
-            f"(sudo nvidia-smi --lock-gpu-clocks={mhz}), or leave --lock-clocks out"
+            f"(sudo nvidia-smi --lock-gpu-clocks={mhz}) and give --rated-clock {mhz} instead, or "
+            "leave --lock-clocks out"
         ) from error
     except nvml.NVMLError as error:
         raise UsageError(

@@ -49,13 +49,13 @@ class GpuTimer:
         self,
         name: str,
         l2_states: tuple[str, ...] = ("cold",),
-        locked_clock_hz: float = 0.0,
+        rated_clock_hz: float = 0.0,
         make_gpu: Callable[[], GpuRuntime] = _cuda,
     ) -> None:
         self.name = name
         self.execution = "graph" if name == "graph" else "eager"
         self.l2_states = l2_states
-        self._locked_clock_hz = locked_clock_hz
+        self._rated_clock_hz = rated_clock_hz
         self._make_gpu = make_gpu
 
     @cached_property
@@ -80,7 +80,7 @@ class GpuTimer:
         return samples[len(samples) // 2]
 
     def open(self, target: Target, subject: Subject, l2_state: str) -> Session:
-        rule = ThrottleRule(self._locked_clock_hz or self.gpu.rated_clock_hz)
+        rule = ThrottleRule(self._rated_clock_hz or self.gpu.rated_clock_hz)
         return self._session(target, l2_state, ThrottleGuard(self.gpu, rule))
 
     def _session(self, target: Target, l2_state: str, guard: ThrottleGuard) -> Session:

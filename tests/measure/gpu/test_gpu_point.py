@@ -13,6 +13,7 @@ import torch
 
 from attnbench.backends.cpu_attn import CPUAttentionImpl
 from attnbench.backends.device import Device
+from attnbench.measure import point as point_room
 from attnbench.measure.environment import read_environment
 from attnbench.measure.gpu.runtime import KernelRecord
 from attnbench.measure.gpu.timers import GpuTimer
@@ -37,8 +38,9 @@ def measured(
     l2_states: tuple[str, ...] = ("cold",),
     workload: Workload = SMALL,
     backend: str = "CPU_ATTN",
+    rated_clock_hz: float = 0.0,
 ) -> list[Measurement]:
-    gpu_timer = GpuTimer(timer, l2_states, make_gpu=lambda: gpu)
+    gpu_timer = GpuTimer(timer, l2_states, rated_clock_hz, make_gpu=lambda: gpu)
     context = PointContext(
         run_id="20261121T000000Z-000000",
         replicate=0,
@@ -152,6 +154,46 @@ def test_a_throttled_device_gives_a_throttled_row(
     assert row.samples == ()
     assert row.discarded > 0
     assert "attnbench doctor" in row.reasons[0]
+
+
+def test_an_administrators_clock_is_judged_by_itself(
+    launching: Callable[[SimulatedGpu], None],
+) -> None:
+    gpu = SimulatedGpu(clock_hz=lambda at_s: 1e9)
+    launching(gpu)
+    assert measured(gpu, "event", rated_clock_hz=1e9)[0].status == Status.OK
+
+
+def test_a_time_of_a_device_that_is_held_back_is_noisy(
+    launching: Callable[[SimulatedGpu], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimulatedGpu()
+    launching(gpu)
+    bits = iter([0.0, float(0x40)])  # NVML: nothing, then a thermal slowdown by hardware
+    monkeypatch.setattr(point_room, "read_conditions", lambda *_: {"gpu_throttle_bits": next(bits)})
+    row = measured(gpu, "event")[0]
+    assert (row.status, row.throttle_reasons) == (Status.NOISY, ("hw_thermal_slowdown",))
+    assert row.reasons == ("the device was held back while it was timed: hw_thermal_slowdown",)
+    assert row.samples
+
+
+def test_a_part_that_cannot_be_timed_is_untimed_and_no_failure(
+    launching: Callable[[SimulatedGpu], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimulatedGpu()
+    launching(gpu)
+    write = CPUAttentionImpl.do_kv_cache_update
+
+    def waiting(self: CPUAttentionImpl, *args: torch.Tensor) -> None:
+        write(self, *args)  # type: ignore[arg-type]
+        gpu.kernel("write", 10e-6)
+        gpu.sync_call()
+
+    monkeypatch.setattr(CPUAttentionImpl, "do_kv_cache_update", waiting)
+    rows = {row.metric: row for row in measured(gpu, "event")}
+    assert rows[Metric.ATTENTION].status == Status.OK
+    assert rows[Metric.KV_CACHE_WRITE].status == Status.UNTIMED
+    assert "waits for the device" in rows[Metric.KV_CACHE_WRITE].reasons[0]
 
 
 def test_a_timer_that_cannot_time_the_call_is_not_replaced() -> None:
