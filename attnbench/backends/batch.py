@@ -14,6 +14,7 @@ What a request's K and V are, per attention type (`Request(query_len, seq_len)`)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -134,6 +135,23 @@ class AttentionBatch:
         return self.tokens.key_pool.take(ids, head), self.tokens.value_pool.take(ids, head)
 
 
+def flat_positions(
+    spans: Sequence[tuple[int, int]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(request, position) of every position of `spans`: (first, one past the last) per request.
+
+    Two tensors of one length; a device is not waited for.
+    """
+    lengths = torch.tensor([last - first for first, last in spans])
+    total = int(lengths.sum())
+    # What to add to the place in the list to get the position in the request.
+    offsets = torch.tensor([first for first, _ in spans]) - (lengths.cumsum(0) - lengths)
+    lengths = lengths.to(device)
+    numbers = torch.arange(len(spans), device=device)
+    requests = torch.repeat_interleave(numbers, lengths, output_size=total)
+    return requests, torch.arange(total, device=device) + offsets.to(device)[requests]
+
+
 def num_computed_tokens(request: Request, attn_type: AttentionType) -> int:
     """Tokens that are in the cache before the step."""
     match attn_type:
@@ -186,11 +204,9 @@ def make_batch(
         [seeded_generator(workload.id, "query", str(i)) for i in order],
     )
     metadata, num_blocks = _make_metadata(workload, requests, num_shared, device)
-    new = [
-        tokens.ids(i, torch.arange(num_computed_tokens(r, attn_type), r.seq_len, device=device))
-        for i, r in enumerate(requests)
-    ]
-    new_ids = torch.cat(new)
+    new_ids = tokens.ids(
+        *flat_positions([(num_computed_tokens(r, attn_type), r.seq_len) for r in requests], device)
+    )
     return AttentionBatch(
         workload=workload,
         spec=spec,
@@ -279,6 +295,7 @@ def _make_tokens(
         )
     pools = [
         TokenPool(
+            name,
             next_id,
             f,
             seeded_generator(workload.id, name),
@@ -294,7 +311,7 @@ def _make_tokens(
         value_pool=pools[1],
         num_shared=num_shared,
         device=device,
-        first_own_id=tuple(first_own_id[i] for i in order),
+        first_own_id=torch.tensor([first_own_id[i] for i in order], device=device),
     )
 
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from attnbench.backends.abstract import AttentionBackend
-from attnbench.backends.batch import AttentionBatch
+from attnbench.backends.batch import AttentionBatch, flat_positions
 from attnbench.backends.builder import KVCacheSpec
 from attnbench.backends.dtypes import movable, torch_dtype
 from attnbench.backends.paging import NULL_BLOCK
@@ -33,6 +33,8 @@ from attnbench.workload.types import AttentionShape, AttentionType
 #: Stored in slots that a mask must hide; exact in every format, far outside the data.
 HIDDEN_POISON = 64.0
 _CHUNK_TOKENS = 4096
+#: A device wants fewer and larger steps: each is some thirty launches.
+_DEVICE_FACTOR = 16
 
 
 class _Axes(NamedTuple):
@@ -124,16 +126,18 @@ def fill_context(
     if batch.attn_type in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
         return
     block_size = batch.spec.block_size
-    for request, seq_len in enumerate(r.seq_len for r in batch.requests):
-        computed = batch.num_computed(request)
-        behind = torch.arange(seq_len, -(-seq_len // block_size) * block_size, device=batch.device)
-        if len(behind):
-            block, offset = _split(request_slots(batch, request, behind), block_size)
-            for cache in caches:
-                movable(cache)[block, offset] = _constant(cache, HIDDEN_POISON)
-            _write(batch, caches, request, seq_len, seq_len + 1)
-        for start in range(0, computed, _CHUNK_TOKENS):
-            _write(batch, caches, request, start, min(start + _CHUNK_TOKENS, computed))
+    seq_lens = [r.seq_len for r in batch.requests]
+    behind = [(n, -(-n // block_size) * block_size) for n in seq_lens]
+    block, offset = _split(request_slots(batch, *flat_positions(behind, batch.device)), block_size)
+    for cache in caches:
+        movable(cache)[block, offset] = _constant(cache, HIDDEN_POISON)
+    next_ones = [(first, min(first + 1, last)) for first, last in behind]
+    _write(batch, caches, *flat_positions(next_ones, batch.device))
+    context = [(0, batch.num_computed(request)) for request in range(len(seq_lens))]
+    requests, positions = flat_positions(context, batch.device)
+    size = _CHUNK_TOKENS * (1 if batch.device.type == "cpu" else _DEVICE_FACTOR)
+    for start in range(0, len(requests), size):
+        _write(batch, caches, requests[start : start + size], positions[start : start + size])
 
 
 def write_new_tokens(
@@ -151,11 +155,13 @@ def write_slots(
 ) -> None:
     """Store `values / scale` (num_tokens, ...) in their slots; negative slots are skipped."""
     keep = slot_mapping >= 0
-    if not bool(keep.all()):
-        values, slot_mapping = values[keep], slot_mapping[keep]
+    _store(cache, values[keep], slot_mapping[keep], scale)
+
+
+def _store(cache: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, scale: float) -> None:
     if scale != 1.0:
         values = values.float() / scale
-    block, offset = _split(slot_mapping, cache.shape[1])
+    block, offset = _split(slots, cache.shape[1])
     movable(cache)[block, offset] = movable(values.to(cache.dtype))
 
 
@@ -166,24 +172,25 @@ def read_slots(cache: torch.Tensor, slots: torch.Tensor, scale: float) -> torch.
     return stored.to(torch.float64) * scale
 
 
-def request_slots(batch: AttentionBatch, request: int, positions: torch.Tensor) -> torch.Tensor:
-    """Slot of each position of one request, by the batch's block table."""
+def request_slots(
+    batch: AttentionBatch, request: int | torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Slot of each position of one request, or of one each, by the batch's block table."""
     block_size = batch.spec.block_size
-    blocks = batch.metadata.block_table_tensor[request][positions // block_size]
+    blocks = batch.metadata.block_table_tensor[request, positions // block_size]
     return blocks.to(torch.int64) * block_size + positions % block_size
 
 
 def _write(
     batch: AttentionBatch,
     caches: tuple[torch.Tensor, torch.Tensor],
-    request: int,
-    start: int,
-    end: int,
+    requests: torch.Tensor,
+    positions: torch.Tensor,
 ) -> None:
-    slots = request_slots(batch, request, torch.arange(start, end, device=batch.device))
-    key, value = batch.keys_values(request, start, end)
-    write_slots(caches[0], key, slots, batch.layer._k_scale_float)
-    write_slots(caches[1], value, slots, batch.layer._v_scale_float)
+    slots = request_slots(batch, requests, positions)
+    ids = batch.tokens.ids(requests, positions)
+    _store(caches[0], batch.tokens.key_pool.take(ids), slots, batch.layer._k_scale_float)
+    _store(caches[1], batch.tokens.value_pool.take(ids), slots, batch.layer._v_scale_float)
 
 
 def _split(slots: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -82,9 +82,7 @@ def block_state(
     parts = []
     for kv_head in range(key.shape[1]):
         heads = slice(kv_head * group, (kv_head + 1) * group)
-        logits = masked_logits(
-            batch, query[:, heads], key[:, kv_head : kv_head + 1], positions, first_key, heads
-        )
+        logits = masked_logits(batch, query[:, heads], key[:, kv_head], positions, first_key, heads)
         parts.append(PartialState.from_logits(logits, value[:, kv_head]))
     return PartialState(
         *(

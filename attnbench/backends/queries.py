@@ -21,8 +21,10 @@ every head.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -46,24 +48,84 @@ def make_queries(
     total = sum(r.query_len for r in requests)
     query = torch.empty((total, shape.num_heads, shape.qk_head_dim), dtype=dtype, device=device)
     constant_key = _constant_key(shape, w_uk, device)
+    std = _noise_std(shape)
+    drawn = [
+        _Draws.of(index, request, shape, attn_type, range(first, last), generator, std)
+        for index, (request, generator) in enumerate(zip(requests, generators, strict=True))
+        for first in range(0, request.query_len, _CHUNK_TOKENS)
+        for last in [min(first + _CHUNK_TOKENS, request.query_len)]
+    ]
     start = 0
-    for index, (request, generator) in enumerate(zip(requests, generators, strict=True)):
-        std = _noise_std(shape)
-        boost = needle_boost(_num_seen(request, shape), std)
-        for first in range(0, request.query_len, _CHUNK_TOKENS):
-            last = min(first + _CHUNK_TOKENS, request.query_len)
-            noise = torch.randn((last - first, *query.shape[1:]), generator=generator)
-            chunk = (noise * std).to(device)
-            for positions, valid in _needles(
-                request, shape, attn_type, torch.arange(first, last), generator
-            ):
-                keys = _keys_at(index, positions.to(device), shape, tokens, w_uk)
-                norm = keys.square().sum(-1, keepdim=True).clamp_min(1e-6) * shape.scale
-                chunk += keys * (boost / norm) * valid.to(device)[:, :, None]
-            chunk = _lean(chunk, constant_key)
-            query[start + first : start + last] = chunk.to(dtype)
-        start += request.query_len
+    while drawn:
+        together = _Draws.joined(drawn, _CHUNK_TOKENS, device)
+        del drawn[: together.count]
+        chunk = together.noise
+        for positions, valid in together.needles:
+            keys = _keys_at(together.requests, positions, shape, tokens, w_uk)
+            norm = keys.square().sum(-1, keepdim=True).clamp_min(1e-6) * shape.scale
+            chunk += keys * (together.boost / norm) * valid[:, :, None]
+        query[start : start + len(chunk)] = _lean(chunk, constant_key).to(dtype)
+        start += len(chunk)
     return query
+
+
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """What chance decides of C query tokens, of one request or of `count` pieces joined.
+
+    noise: (C, num_heads, size). requests: (C,). boost: (C, 1, 1). needles: see `_needles`.
+    """
+
+    noise: torch.Tensor
+    requests: torch.Tensor
+    boost: torch.Tensor
+    needles: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    count: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        index: int,
+        request: Request,
+        shape: AttentionShape,
+        attn_type: AttentionType,
+        tokens: range,
+        generator: torch.Generator,
+        std: float,
+    ) -> _Draws:
+        size = (len(tokens), shape.num_heads, shape.qk_head_dim)
+        noise = torch.randn(size, generator=generator) * std
+        own = torch.arange(tokens.start, tokens.stop)
+        needles = tuple(_needles(request, shape, attn_type, own, generator))
+        boost = needle_boost(_num_seen(request, shape), std)
+        return cls(
+            noise,
+            torch.full((len(tokens),), index),
+            torch.full((len(tokens), 1, 1), boost),
+            needles,
+        )
+
+    @classmethod
+    def joined(cls, pieces: Sequence[_Draws], limit: int, device: torch.device) -> _Draws:
+        """The first pieces of up to `limit` tokens together, at least one, on `device`."""
+        sizes = itertools.accumulate(len(piece.noise) for piece in pieces)
+        count = max(1, sum(size <= limit for size in sizes))
+        first = pieces[:count]
+
+        def together(part: Callable[[_Draws], torch.Tensor]) -> torch.Tensor:
+            return torch.cat([part(piece) for piece in first]).to(device)
+
+        needles = tuple(
+            (together(lambda p: p.needles[k][0]), together(lambda p: p.needles[k][1]))  # noqa: B023
+            for k in range(len(first[0].needles))
+        )
+        return cls(
+            together(lambda p: p.noise),
+            together(lambda p: p.requests),
+            together(lambda p: p.boost),
+            needles,
+            count,
+        )
 
 
 def _constant_key(shape: AttentionShape, w_uk: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -150,14 +212,15 @@ def _needles(
 
 
 def _keys_at(
-    request: int,
+    requests: torch.Tensor,
     positions: torch.Tensor,
     shape: AttentionShape,
     tokens: BatchTokens,
     w_uk: torch.Tensor,
 ) -> torch.Tensor:
-    """Expanded keys (C, num_heads, qk_head_dim), float32, of positions (C, 1) or (C, num_heads)."""
-    ids = tokens.ids(request, positions)
+    """Expanded keys (C, num_heads, qk_head_dim), float32, of positions (C, 1) or (C, num_heads)
+    of `requests` (C,)."""
+    ids = tokens.ids(requests[:, None], positions)
     if shape.is_mla:
         latent = tokens.key_pool.take(ids[:, 0]).float()
         nope = torch.einsum("hnl,cl->chn", w_uk.float(), latent)

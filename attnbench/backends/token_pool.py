@@ -5,14 +5,17 @@ all would take longer than measuring, keeping a dense copy beside the cache woul
 and a device's own generator would give other data on other devices. So a row is a pure function of
 its token id: `pool[id % rows] * signs[id // rows]`. No two ids share a row, ids less than `rows`
 apart are independent, and rows of the same remainder are uncorrelated (their signs are).
+
+The rows are the same in every workload, and are drawn once per process: drawing and rounding them
+takes longer than most kernels take to be timed. The signs, and so the data, are the workload's own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -43,28 +46,27 @@ class TokenPool:
     """Rows of shape `features` for token ids `0 .. num_ids - 1`, standard normal before rounding.
 
     Args:
+        name: of the rows: pools of two names are independent.
         num_ids: how many ids may be asked for.
         features: shape of one row, e.g. `(num_kv_heads, head_size)`.
-        generator: where the numbers come from; on the host, so that every device gets the same.
+        generator: where the signs come from; on the host, so that every device gets the same.
         round_to: rounds float32 values to what the formats involved can hold.
     """
 
     def __init__(
         self,
+        name: str,
         num_ids: int,
-        features: Sequence[int],
+        features: tuple[int, ...],
         generator: torch.Generator,
         round_to: Rounding,
         device: torch.device,
     ) -> None:
-        affordable = max(64, _MAX_ELEMENTS // math.prod(features)) - 1
-        self.num_rows = max(1, min(num_ids, _MAX_ROWS, affordable))
+        self._rows = _draw_rows(name, features, round_to, device)
+        self.num_rows = len(self._rows)
         num_signs = max(1, math.ceil(num_ids / self.num_rows))
-        drawn = torch.randn((self.num_rows, *features), generator=generator)
-        self._rows = round_to(drawn).to(device)
         signs = torch.randint(0, 2, (num_signs, *features), generator=generator) * 2 - 1
-        signs[0] = 1
-        self._signs = signs.to(device, self._rows.dtype) if num_signs > 1 else None
+        self._signs = signs.to(device, self._rows.dtype)
 
     def take(self, ids: torch.Tensor, heads: torch.Tensor | None = None) -> torch.Tensor:
         """The rows of `ids`: `(*ids.shape, *features)`.
@@ -73,10 +75,18 @@ class TokenPool:
         dimension is indexed away.
         """
         row, wrap = ids % self.num_rows, ids // self.num_rows
-        taken = self._rows[row] if heads is None else self._rows[row, heads]
-        if self._signs is not None:
-            taken = taken * (self._signs[wrap] if heads is None else self._signs[wrap, heads])
-        return taken
+        if heads is None:
+            return self._rows[row] * self._signs[wrap]
+        return self._rows[row, heads] * self._signs[wrap, heads]
+
+
+@lru_cache(maxsize=8)
+def _draw_rows(
+    name: str, features: tuple[int, ...], round_to: Rounding, device: torch.device
+) -> torch.Tensor:
+    affordable = max(64, _MAX_ELEMENTS // math.prod(features)) - 1
+    size = (min(_MAX_ROWS, affordable), *features)
+    return round_to(torch.randn(size, generator=seeded_generator("rows", name))).to(device)
 
 
 @dataclass(kw_only=True)
@@ -87,10 +97,13 @@ class BatchTokens:
     value_pool: TokenPool
     num_shared: int
     device: torch.device
-    first_own_id: tuple[int, ...]
-    """Per request in batch order: id of its first token that is not shared."""
+    first_own_id: torch.Tensor
+    """(num_reqs,) in batch order: id of each request's first token that is not shared."""
 
-    def ids(self, request: int, positions: torch.Tensor) -> torch.Tensor:
-        """Token ids of positions of one request; positions below `num_shared` are everybody's."""
+    def ids(self, request: int | torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Token ids of positions of one request, or of one each (the two are broadcast).
+
+        Positions below `num_shared` are everybody's.
+        """
         own = positions - self.num_shared + self.first_own_id[request]
         return torch.where(positions < self.num_shared, positions, own)

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnbench.backends import queries
 from attnbench.backends.batch import (
     AttentionBatch,
+    flat_positions,
     get_alibi_slopes,
     make_batch,
     num_computed_tokens,
@@ -170,9 +172,23 @@ def test_new_tokens_are_exact_in_the_cache_format(dtype: str, cache: str) -> Non
         assert values.float().std() == pytest.approx(1.0, abs=0.1)
 
 
+def test_rows_are_drawn_once_and_signs_for_every_workload() -> None:
+    exact = Rounding(torch.float32, torch.float32, 1.0)
+    cpu, ids = torch.device("cpu"), torch.arange(500)
+
+    def pool(name: str, seed: str) -> torch.Tensor:
+        return TokenPool(name, 500, (2, 32), seeded_generator(seed), exact, cpu).take(ids)
+
+    one, other, values = pool("key", "a"), pool("key", "b"), pool("value", "a")
+    assert torch.equal(one.abs(), other.abs())
+    # Products of 64 signs, and of 32,000 normal numbers.
+    assert abs(float((one * other).mean())) < 4 / 64**0.5
+    assert abs(float((one * values).mean())) < 4 / 32_000**0.5
+
+
 def test_a_pool_repeats_no_row() -> None:
     exact = Rounding(torch.float32, torch.float32, 1.0)
-    pool = TokenPool(30_000, (4, 64), seeded_generator("x"), exact, torch.device("cpu"))
+    pool = TokenPool("key", 30_000, (4, 64), seeded_generator("x"), exact, torch.device("cpu"))
     rows = pool.take(torch.arange(30_000)).flatten(1)
     assert len(torch.unique(rows, dim=0)) == 30_000
     ids, heads = torch.tensor([[5, 20_000]]), torch.tensor([[1, 0]])
@@ -193,7 +209,7 @@ def weights_of_last_token(batch: AttentionBatch) -> torch.Tensor:
         masked_logits(
             batch,
             query[:, h : h + 1],
-            key[:, h // group, None],
+            key[:, h // group],
             positions,
             0,
             slice(h, h + 1),
@@ -228,3 +244,26 @@ def test_computed_tokens_per_attention_type() -> None:
     request = Workload.parse("q4s9").requests[0]
     assert num_computed_tokens(request, AttentionType.DECODER) == 5
     assert num_computed_tokens(request, AttentionType.ENCODER_DECODER) == 9
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), min_size=1, max_size=6))
+def test_flat_positions_are_all_of_them_in_order(pieces: list[tuple[int, int]]) -> None:
+    spans = [(first, first + count) for first, count in pieces]
+    requests, positions = flat_positions(spans, torch.device("cpu"))
+    wanted = [(i, p) for i, (first, last) in enumerate(spans) for p in range(first, last)]
+    assert list(zip(requests.tolist(), positions.tolist(), strict=True)) == wanted
+
+
+@pytest.mark.parametrize(
+    "spec", ["3q1s40_q300_2q5s5 window=9", "q260s300_2q1s30 attn=encoder_decoder"]
+)
+def test_queries_do_not_depend_on_which_are_made_together(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = Workload.parse(f"{spec} heads=4/2 head_size=8 dtype=fp32")
+    together = make_batch(workload).query
+    joined = queries._Draws.joined
+    monkeypatch.setattr(
+        queries._Draws, "joined", lambda pieces, limit, device: joined(pieces, 1, device)
+    )
+    assert torch.equal(make_batch(workload).query, together)

@@ -29,7 +29,7 @@ def test_pairs(text: str) -> None:
         logits = masked_logits(
             batch,
             torch.zeros(request.query_len, 1, 8, dtype=torch.float64),
-            torch.zeros(request.seq_len, 1, 8, dtype=torch.float64),
+            torch.zeros(request.seq_len, 8, dtype=torch.float64),
             query_positions(batch, index),
             0,
             slice(0, 1),

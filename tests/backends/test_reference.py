@@ -199,7 +199,7 @@ def one_step(batch: AttentionBatch, request: int, computed: int, seq_len: int) -
         value_pool=batch.tokens.value_pool,
         num_shared=batch.tokens.num_shared,
         device=batch.tokens.device,
-        first_own_id=(batch.tokens.first_own_id[request],),
+        first_own_id=batch.tokens.first_own_id[request : request + 1],
     )
     return step
 
@@ -219,3 +219,16 @@ def test_temporaries_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
     reference_attention(batch)
     assert max(sizes) <= 1 << 18
     assert sum(sizes) >= 4 * 512 * 512 * 8 // 2, "causal: at least half of all logits"
+
+
+@settings(deadline=None, max_examples=60)
+@given(workload=small_workloads(dtypes=("fp32",)), form=st.sampled_from(["absorbed", "expanded"]))
+def test_the_size_of_a_step_changes_nothing(workload: Workload, form: str) -> None:
+    """One lane and one query at a time, or all heads of all requests of the same lengths."""
+    batch = make_batch(workload)
+    together = reference_attention(batch, form)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference_module, "_CHUNK_BYTES", 1)
+        alone = reference_attention(batch, form)
+    torch.testing.assert_close(alone.output, together.output, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(alone.lse, together.lse, rtol=1e-9, atol=1e-9)
