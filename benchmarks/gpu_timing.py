@@ -7,13 +7,16 @@
     rate     points a second over a decode sweep, the GPU's busy share, the same by do_bench
     memory   host memory over 10,000 points (runs on a CPU too: --backend CPU_ATTN)
 
-Prints Markdown with date, device and versions. Without --part all four run, about eight minutes.
+Prints Markdown with date, device and versions. Each part takes minutes; without --part all four
+run. `memory` needs as long as the rate says: --points 3000 shows a leak too.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -28,6 +31,7 @@ import torch
 
 from attnbench.backends.batch import make_batch
 from attnbench.backends.registry import get_backend_class
+from attnbench.errors import TimerError
 from attnbench.measure import MeasureOptions, PlannedPoint, plan_workloads, run_sweep
 from attnbench.measure.environment import read_environment
 from attnbench.measure.gpu.timers import GpuTimer
@@ -58,16 +62,29 @@ def prepared(spec: str, backend: str) -> tuple[PlannedPoint, PreparedPoint]:
     return planned, prepare(planned, make_batch(planned.workload, "cuda", threshold))
 
 
-def median_us(planned: PlannedPoint, point: PreparedPoint, timer: GpuTimer, l2_state: str) -> float:
+def median_us(
+    planned: PlannedPoint, point: PreparedPoint, timer: GpuTimer, l2_state: str, rotate: bool
+) -> float:
+    """NaN where the timer cannot time the call. Without `rotate` every timer flushes the cache."""
+
     def twins(count: int) -> list[Callable[[], object]]:
         return [point.twin().attend for _ in range(count)]
 
-    target = Target(point.attend, attention_bytes(planned.workload), twins, point.poison)
+    target = Target(
+        point.attend,
+        attention_bytes(planned.workload),
+        twins if rotate else None,
+        point.poison,
+        point.twin_bytes,
+    )
     subject = Subject(planned.workload, planned.backend, Metric.ATTENTION, 0)
     rule = StoppingRule(target_rel_ci=0.003, budget_s=1.0, min_samples=30, max_samples=2000)
-    return (
-        statistics.median(sample(timer.open(target, subject, l2_state), rule, target).samples) * 1e6
-    )
+    try:
+        timing = sample(timer.open(target, subject, l2_state), rule, target)
+    except TimerError as error:
+        print(f"{timer.name}, {planned.workload.text}: {error}", file=sys.stderr)
+        return math.nan
+    return statistics.median(timing.samples or [math.nan]) * 1e6
 
 
 def timers_table(backend: str) -> Iterator[str]:
@@ -76,27 +93,31 @@ def timers_table(backend: str) -> Iterator[str]:
     timers = {name: GpuTimer(name) for name in GPU_TIMERS}
     floors = {name: timer.floor_s() * 1e6 for name, timer in timers.items()}
     yield "Floor (empty kernel), µs: " + ", ".join(f"{n} {f:.2f}" for n, f in floors.items())
+    yield "Net: less the timer's floor, but for the empty kernel itself as `cupti_span` reads it."
     yield ""
-    own = floors["event"] - floors["cupti_span"]
     yield (
-        "| workload | L2 | cupti_span | cupti_sum | graph | event | event - floor | "
-        "graph off | event off | do_bench | do_bench_cudagraph |"
+        "| workload | L2 | cupti_span | cupti_sum | graph | event | graph off | graph net off | "
+        "event off | event net off | graph, rotating | do_bench | do_bench_cudagraph |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|" + "---:|" * 11
     for spec in SPECS:
         planned, point = prepared(spec, backend)
-        others = (
-            do_bench(point.attend, return_mode="median") * 1e3,
-            do_bench_cudagraph(point.attend, return_mode="median") * 1e3,
-        )
+        others = [
+            f"{bench(point.attend, return_mode='median') * 1e3:.2f}"
+            for bench in (do_bench, do_bench_cudagraph)
+        ]
         for l2_state in ("cold", "hot"):
-            us = {n: median_us(planned, point, t, l2_state) for n, t in timers.items()}
-            span, event = us["cupti_span"], us["event"] - own
-            beside = others if l2_state == "cold" else ("", "")
-            cells = [us["cupti_span"], us["cupti_sum"], us["graph"], us["event"], event]
-            shown = [f"{cell:.2f}" for cell in cells]
-            shown += [offset(us["graph"], span), offset(event, span)]
-            shown += [f"{value:.2f}" if value != "" else "" for value in beside]
+            us = {n: median_us(planned, point, t, l2_state, False) for n, t in timers.items()}
+            span = us["cupti_span"]
+            shown = [f"{us[name]:.2f}" for name in ("cupti_span", "cupti_sum", "graph", "event")]
+            for name in ("graph", "event"):
+                own = floors[name] - floors["cupti_span"]
+                shown += [offset(us[name], span), offset(us[name] - own, span)]
+            if l2_state == "cold":
+                rotating = median_us(planned, point, timers["graph"], l2_state, True)
+                shown += [f"{rotating:.2f}", *others]
+            else:
+                shown += ["", "", ""]
             yield f"| {spec} | {l2_state} | " + " | ".join(shown) + " |"
 
 
@@ -191,9 +212,12 @@ def rate_table(backend: str) -> Iterator[str]:
     plan = decode_plan(backend)
     options = MeasureOptions(timer=default_timer("cuda"), budget_s=0.05)
     statuses: Counter[str] = Counter()
+    timed_s = 0.0
 
     def count(rows: Sequence[Measurement], done: int, total: int) -> None:
+        nonlocal timed_s
         statuses[rows[0].status] += 1
+        timed_s += sum(sum(row.samples) for row in rows)
 
     sweep(plan[:5], options, lambda *_: None)
     with busy_share() as busy:
@@ -201,7 +225,10 @@ def rate_table(backend: str) -> Iterator[str]:
     share = f"{statistics.mean(busy):.0f} %" if busy else "unknown (no NVML)"
     yield f"{len(plan)} points in {seconds:.1f} s: {len(plan) / seconds:.1f} points/s, checked;"
     found = ", ".join(f"{status} {number}" for status, number in statuses.most_common())
-    yield f"GPU busy {share}; statuses {found}."
+    yield (
+        f"GPU busy {share} of the time, inputs, reference, delays and flushes included; in timed "
+        f"calls {timed_s / seconds:.1%}. Statuses: {found}."
+    )
     started = time.perf_counter()
     for planned in plan:
         _, point = prepared(planned.workload.text, backend)

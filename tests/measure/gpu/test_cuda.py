@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import pytest
 import torch
 
+from attnbench.backends.batch import make_batch
+from attnbench.backends.registry import get_backend_class
 from attnbench.errors import TimerError
+from attnbench.measure.gpu.cuda import CudaRuntime
 from attnbench.measure.gpu.layout import COLD_FACTOR
+from attnbench.measure.gpu.runtime import GpuRuntime
 from attnbench.measure.gpu.timers import GpuTimer
 from attnbench.measure.options import GPU_TIMERS
+from attnbench.measure.plan import PlannedPoint
+from attnbench.measure.point import refusals
+from attnbench.measure.prepare import prepare
 from attnbench.measure.sampling import Target, sample
 from attnbench.measure.stopping import StoppingRule
 from attnbench.measure.timers import Subject
+from attnbench.selection import current_device
 from attnbench.workload import Workload
 
 pytestmark = [
@@ -85,6 +95,46 @@ def test_a_call_that_waits_for_the_device_is_refused(timer: str) -> None:
         GpuTimer(timer).open(Target(call), SUBJECT, "hot").block()
     torch.cuda.synchronize()  # a failed capture leaves nothing behind
     assert float(source.sum()) == 1000
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert bool(torch.rand(1000, device="cuda").isfinite().all())
+    assert GpuTimer(timer).floor_s() > 0
+
+
+@pytest.mark.parametrize("backend", ["TORCH_SDPA", "TRITON_ATTN", "FLASH_ATTN"])
+def test_twice_the_cache_flushes_it_as_well_as_eight_times(backend: str) -> None:
+    """Kernels may ask the cache to keep what they read; then bytes written would prove little."""
+    planned = PlannedPoint(Workload.parse("16q1s1k block=64"), backend)
+    device = current_device()
+    if reasons := refusals(planned, device):
+        pytest.skip(f"{backend}: {reasons[0]}")
+    threshold = get_backend_class(backend).get_builder_cls().reorder_batch_threshold
+    with torch.no_grad():
+        point = prepare(planned, make_batch(planned.workload, "cuda", threshold))
+        gpu = CudaRuntime()
+        times: dict[int, list[float]] = {}
+        for flushes in (1, 4, 1, 4):
+            often = FlushingOften(gpu, flushes)
+            timer = GpuTimer("event", make_gpu=partial(cast, GpuRuntime, often))
+            target = Target(point.attend, 64 * MIB)
+            timing = sample(
+                timer.open(target, SUBJECT, "cold"), StoppingRule(0.003, 1.0, 30, 2000), target
+            )
+            times.setdefault(flushes, []).append(statistics.median(timing.samples))
+    assert min(times[1]) == pytest.approx(min(times[4]), rel=0.02, abs=0.5e-6)
+
+
+class FlushingOften:
+    """A runtime that writes over the cache several times."""
+
+    def __init__(self, gpu: CudaRuntime, times: int) -> None:
+        self._gpu = gpu
+        self._times = times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._gpu, name)
+
+    def flush_l2(self) -> int:
+        return sum(self._gpu.flush_l2() for _ in range(self._times))
 
 
 def test_events_read_a_delay_of_known_length() -> None:
