@@ -59,8 +59,12 @@ def run(
     ] = None,
     timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
     l2: Annotated[list[str] | None, typer.Option(help=L2_HELP)] = None,
-    lock_clocks: Annotated[float, typer.Option(metavar="MHZ", help=LOCK_HELP)] = 0.0,
-    rated_clock: Annotated[float, typer.Option(metavar="MHZ", help=RATED_HELP)] = 0.0,
+    lock_clocks: Annotated[
+        float, typer.Option(metavar="MHZ", help=LOCK_HELP, show_default=False)
+    ] = 0.0,
+    rated_clock: Annotated[
+        float, typer.Option(metavar="MHZ", help=RATED_HELP, show_default=False)
+    ] = 0.0,
     replicates: Annotated[int, typer.Option(help="Fresh processes that measure each point.")] = 1,
     budget: Annotated[
         float | None, typer.Option(help="Seconds of samples per point. Default: settings.")
