@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -247,13 +248,13 @@ def _make_layer(workload: Workload, spec: KVCacheSpec, device: torch.device) -> 
     k_scale = FP8_K_SCALE if quantised else 1.0
     # MLA stores key and value in one latent, which has one scale.
     v_scale = (k_scale if shape.is_mla else FP8_V_SCALE) if quantised else 1.0
-    generator = seeded_generator(workload.id, "weights")
-    rank = shape.kv_lora_rank
     heads = shape.num_heads if shape.is_mla else 0
-    # Standard deviations that give expanded keys and values the variance of the latent, one.
-    std = max(rank, 1) ** -0.5
-    w_uk = torch.randn((heads, shape.qk_nope_head_dim, rank), generator=generator) * std
-    w_uv = torch.randn((heads, rank, shape.v_head_size), generator=generator) * std
+    w_uk, w_uv = _draw_projections(
+        (heads, shape.qk_nope_head_dim, shape.kv_lora_rank),
+        (heads, shape.kv_lora_rank, shape.v_head_size),
+        spec.dtype,
+        device,
+    )
 
     def scalar(x: float) -> torch.Tensor:
         return torch.tensor(x, dtype=torch.float32, device=device)
@@ -266,9 +267,23 @@ def _make_layer(workload: Workload, spec: KVCacheSpec, device: torch.device) -> 
         _q_scale_float=1.0,
         _k_scale_float=k_scale,
         _v_scale_float=v_scale,
-        W_UK=w_uk.to(device, spec.dtype),
-        W_UV=w_uv.to(device, spec.dtype),
+        W_UK=w_uk,
+        W_UV=w_uv,
     )
+
+
+@lru_cache(maxsize=4)
+def _draw_projections(
+    w_uk: tuple[int, int, int], w_uv: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`W_UK` and `W_UV` of the given sizes, the same for every workload and never written to.
+
+    Their standard deviation gives expanded keys and values the variance of the latent, one.
+    """
+    generator = seeded_generator("weights")
+    std = max(w_uv[1], 1) ** -0.5
+    drawn = [torch.randn(size, generator=generator) * std for size in (w_uk, w_uv)]
+    return drawn[0].to(device, dtype), drawn[1].to(device, dtype)
 
 
 def _make_tokens(

@@ -5,6 +5,7 @@ The impl computes on the CPU and launches one kernel on the simulated device bes
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -231,7 +232,11 @@ def test_a_twin_computes_the_same_and_shares_nothing(workload: Workload, backend
 
     threshold = get_backend_class(backend).get_builder_cls().reorder_batch_threshold
     with torch.no_grad():
-        point = prepare(PlannedPoint(workload, backend), make_batch(workload, "cpu", threshold))
+        batch = make_batch(workload, "cpu", threshold)
+        batch.layer = copy.deepcopy(
+            batch.layer
+        )  # weights are everybody's, and are overwritten here
+        point = prepare(PlannedPoint(workload, backend), batch)
         point.attend()
         right = point.output().clone()
         twin = point.twin()
