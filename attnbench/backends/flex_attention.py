@@ -13,7 +13,6 @@ compiled function of its own, so that a long sweep does not use up one limit.
 from __future__ import annotations
 
 import os
-import shutil
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from attnbench.backends.cache_shapes import PairedCacheBackend
 from attnbench.backends.device import Device
 from attnbench.backends.dtypes import dtype_name
 from attnbench.backends.flex_blocks import block_lists, visible_pages
+from attnbench.backends.host_compiler import compiler_works
 from attnbench.backends.impl import AttentionImpl, AttentionLayer
 from attnbench.backends.metadata import CommonAttentionMetadata
 from attnbench.backends.paged_ops import write_slots
@@ -65,10 +65,10 @@ class FlexAttentionBackend(PairedCacheBackend):
     @classmethod
     def unavailable_reason(cls, device: Device) -> str | None:
         compiler = os.environ.get("CXX", "g++")
-        if device.kind != "cpu" or shutil.which(compiler):
+        if device.kind != "cpu" or compiler_works(compiler):
             return None
         return (
-            f"torch.compile needs a C++ compiler on the CPU and {compiler!r} is not found; "
+            f"torch.compile needs a C++ compiler on the CPU and {compiler!r} does not work; "
             "install one (apt-get install g++) or name it in CXX"
         )
 

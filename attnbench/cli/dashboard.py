@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from attnbench.cli.output import Format, FormatOption, emit
+from attnbench.cli.output import Format, FormatOption, ResultsOption, emit
 
 
 def dashboard(
-    results: Annotated[Path | None, typer.Option(help="Results folder. Default: settings.")] = None,
+    results: ResultsOption = None,
     site: Annotated[
         Path | None, typer.Option(help="Folder for the pages. Default: settings.")
     ] = None,
@@ -36,6 +36,8 @@ def dashboard(
     table = folder.table()
     runs = runs_of(table)
     judgement = judge(table, run or None)
+    shard = str(folder.header(judgement.run.run_id).options.get("shard", ""))
+    judgement = replace(judgement, shard=shard)
     index = render(
         table,
         runs,

@@ -8,12 +8,11 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from attnbench.cli.output import Format, FormatOption, emit
+from attnbench.cli.output import Format, FormatOption, ResultsOption, emit
 from attnbench.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ _COLORS = {"ok": "32", "warn": "33", "fail": "31", "not run": "2"}
 
 
 def doctor(
-    results: Annotated[Path | None, typer.Option(help="Results folder. Default: settings.")] = None,
+    results: ResultsOption = None,
     format: FormatOption = Format.TABLE,
 ) -> None:
     """Test this machine: timers, clocks, rates, noise, backends, and what to mend."""

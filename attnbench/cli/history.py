@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnbench.cli.output import Format, FormatOption, emit, note
+from attnbench.cli.output import Format, FormatOption, ResultsOption, emit, note
 from attnbench.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from attnbench.history.series import Series
     from attnbench.history.verdict import SeriesVerdict
 
-ResultsOption = Annotated[Path | None, typer.Option(help="Results folder. Default: settings.")]
 MetricOption = Annotated[
     list[str] | None,
     typer.Option(help="Metric to look at; repeat for several. Default: attention."),

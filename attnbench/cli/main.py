@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -84,6 +85,10 @@ app.command(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Errors raised on purpose are one line; a bug is a report file and exit 4."""
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+        # How CI, systemd and a closed terminal stop a night: as Ctrl-C does. Not under nohup.
+        if signal.getsignal(stop) == signal.SIG_DFL:
+            signal.signal(stop, signal.default_int_handler)
     try:
         app(args=arguments, standalone_mode=True)
     except AttnBenchError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from attnbench.cli.history import HISTORY_COLUMNS, verdict_row
-from attnbench.cli.output import Format, FormatOption, emit, note
+from attnbench.cli.output import Format, FormatOption, ResultsOption, emit, note
 from attnbench.cli.sweeping import L2_HELP, LOCK_HELP, RATED_HELP, SHARD_HELP, TIMER_HELP
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ def nightly(
     timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
     l2: Annotated[list[str] | None, typer.Option(help=L2_HELP)] = None,
     lock_clocks: Annotated[
-        float, typer.Option(metavar="MHZ", help=LOCK_HELP, show_default=False)
-    ] = 0.0,
+        float | None, typer.Option(metavar="MHZ", help=LOCK_HELP, show_default=False)
+    ] = None,
     rated_clock: Annotated[
-        float, typer.Option(metavar="MHZ", help=RATED_HELP, show_default=False)
-    ] = 0.0,
+        float | None, typer.Option(metavar="MHZ", help=RATED_HELP, show_default=False)
+    ] = None,
     replicates: Annotated[
         int | None, typer.Option(help="Fresh processes that measure each point. Default: settings.")
     ] = None,
@@ -53,7 +53,7 @@ def nightly(
         typer.Option(help="BACKEND=FACTOR the fake timer multiplies with; for rehearsals."),
     ] = None,
     shard: Annotated[str, typer.Option(help=SHARD_HELP)] = "",
-    results: Annotated[Path | None, typer.Option(help="Results folder. Default: settings.")] = None,
+    results: ResultsOption = None,
     site: Annotated[
         Path | None, typer.Option(help="Folder for the pages. Default: settings.")
     ] = None,
@@ -63,7 +63,13 @@ def nightly(
     format: FormatOption = Format.TABLE,
 ) -> None:
     """Measure the suites, store, judge against earlier runs, confirm what looks slower, render."""
-    from attnbench.cli.sweeping import Sweep, choose_suites, measure_options, requested_backends
+    from attnbench.cli.sweeping import (
+        Sweep,
+        choose_suites,
+        clock_hz,
+        measure_options,
+        requested_backends,
+    )
     from attnbench.dashboard import load_pages, render, write_matrix
     from attnbench.history import NEEDED_COLUMNS, judge, runs_of, summary_markdown, summary_text
     from attnbench.history.series import FIRST_CONFIRMATION
@@ -93,8 +99,8 @@ def nightly(
         options = replace(
             options,
             shard=shard,
-            locked_clock_hz=lock_clocks * 1e6,
-            rated_clock_hz=rated_clock * 1e6,
+            locked_clock_hz=clock_hz("--lock-clocks", lock_clocks),
+            rated_clock_hz=clock_hz("--rated-clock", rated_clock),
         )
         sweep = Sweep.planned(folder, plan, options, device)
     with sweep.held() as sweep:
@@ -115,7 +121,7 @@ def nightly(
             duration_s += sweep.again(again, confirm).measure("confirming").duration_s
             judgement = judge(folder.table(NEEDED_COLUMNS), run_id, planned=planned)
     if sweep.options.shard:
-        judgement = replace(judgement, dropped=())  # they are other shards'
+        judgement = replace(judgement, dropped=(), shard=sweep.options.shard)
 
     cells = [cell.row() for cell in matrix()]
     write_matrix(settings.matrix_file, cells)

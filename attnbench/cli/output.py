@@ -8,9 +8,12 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from attnbench.errors import UsageError
 
 
 class Format(StrEnum):
@@ -24,6 +27,19 @@ class Format(StrEnum):
 
 FormatOption = Annotated[
     Format, typer.Option("--format", "-f", help="How to print results on stdout.")
+]
+
+
+def _results_path(text: str) -> Path:
+    """Raises UsageError for "", which is what an unset variable leaves: it would be this folder."""
+    if not text:
+        raise UsageError("--results '': name a folder, e.g. --results results, or leave it out")
+    return Path(text)
+
+
+ResultsOption = Annotated[
+    Path | None,
+    typer.Option(help="Results folder. Default: settings.", parser=_results_path, metavar="FOLDER"),
 ]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnbench.cli.output import Format, FormatOption, emit, note
+from attnbench.cli.output import Format, FormatOption, ResultsOption, emit, note
 from attnbench.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 results_app = typer.Typer(
     help="Query, export, check and compact stored results.", no_args_is_help=True
 )
-
-ResultsOption = Annotated[Path | None, typer.Option(help="Results folder. Default: settings.")]
 
 
 @results_app.command()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnbench.cli.output import Format, FormatOption, emit
+from attnbench.cli.output import Format, FormatOption, ResultsOption, emit
 from attnbench.cli.sweeping import L2_HELP, LOCK_HELP, RATED_HELP, SHARD_HELP, TIMER_HELP
 from attnbench.errors import ExitCode, SelectionError, UsageError
 
@@ -60,11 +59,11 @@ def run(
     timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
     l2: Annotated[list[str] | None, typer.Option(help=L2_HELP)] = None,
     lock_clocks: Annotated[
-        float, typer.Option(metavar="MHZ", help=LOCK_HELP, show_default=False)
-    ] = 0.0,
+        float | None, typer.Option(metavar="MHZ", help=LOCK_HELP, show_default=False)
+    ] = None,
     rated_clock: Annotated[
-        float, typer.Option(metavar="MHZ", help=RATED_HELP, show_default=False)
-    ] = 0.0,
+        float | None, typer.Option(metavar="MHZ", help=RATED_HELP, show_default=False)
+    ] = None,
     replicates: Annotated[int, typer.Option(help="Fresh processes that measure each point.")] = 1,
     budget: Annotated[
         float | None, typer.Option(help="Seconds of samples per point. Default: settings.")
@@ -77,7 +76,7 @@ def run(
         typer.Option(help="BACKEND=FACTOR the fake timer multiplies with; for rehearsals."),
     ] = None,
     shard: Annotated[str, typer.Option(help=SHARD_HELP)] = "",
-    results: Annotated[Path | None, typer.Option(help="Results folder. Default: settings.")] = None,
+    results: ResultsOption = None,
     resume: Annotated[
         str, typer.Option(help="Go on with this stopped run (its id, or `last`), as planned then.")
     ] = "",
@@ -85,7 +84,7 @@ def run(
     format: FormatOption = Format.TABLE,
 ) -> None:
     """Measure batch specs or suites on the backends of this machine, and store every sample."""
-    from attnbench.cli.sweeping import Sweep, measure_options
+    from attnbench.cli.sweeping import Sweep, clock_hz, measure_options
     from attnbench.measure.shard import take_shard
     from attnbench.selection import current_device
     from attnbench.settings import load_settings
@@ -99,8 +98,8 @@ def run(
     options = replace(
         options,
         shard=shard,
-        locked_clock_hz=lock_clocks * 1e6,
-        rated_clock_hz=rated_clock * 1e6,
+        locked_clock_hz=clock_hz("--lock-clocks", lock_clocks),
+        rated_clock_hz=clock_hz("--rated-clock", rated_clock),
     )
     folder = ResultsFolder(results or settings.results)
     if resume:

@@ -169,10 +169,20 @@ def measure_options(
 ) -> MeasureOptions:
     """Flags over settings. Raises UsageError for a value that measures nothing."""
     from attnbench.measure import MeasureOptions
-    from attnbench.measure.options import default_timer, parse_slowdown
+    from attnbench.measure.options import GPU_TIMERS, default_timer, parse_slowdown
 
+    timer = timer or default_timer(device.kind)
+    if timer in GPU_TIMERS and device.kind == "cpu":
+        raise UsageError(
+            f"--timer {timer} reads a GPU's clock, and this machine has none that torch can use; "
+            "use --timer wall, or see `attnbench doctor`"
+        )
+    if l2 and timer not in GPU_TIMERS:
+        raise UsageError(
+            f"--l2 {l2[0]}: the timer {timer} knows nothing of a GPU's cache; leave --l2 out"
+        )
     return MeasureOptions(
-        timer=timer or default_timer(device.kind),
+        timer=timer,
         l2_states=tuple(l2) or ("cold",),
         replicates=settings.replicates if replicates is None else replicates,
         budget_s=settings.budget_s if budget is None else budget,
@@ -180,6 +190,15 @@ def measure_options(
         timeout_s=settings.timeout_s if timeout is None else timeout,
         fake_slowdown=tuple(parse_slowdown(text) for text in fake_slowdown),
     )
+
+
+def clock_hz(option: str, mhz: float | None) -> float:
+    """Megahertz of a command line in hertz; 0.0: not given. Raises UsageError."""
+    if mhz is None:
+        return 0.0
+    if not 0 < mhz < 1e5:
+        raise UsageError(f"{option} {mhz:g}: give a clock in MHz, e.g. 1500, or leave it out")
+    return mhz * 1e6
 
 
 def choose_suites(settings: Settings, names: Sequence[str]) -> list[Suite]:

@@ -54,7 +54,12 @@ def overview_context(
         "headline": headline(judgement).removeprefix("attnbench nightly · "),
         "verdict": str(verdict),
         "sign": _SIGNS[verdict],
-        "sentence": _SENTENCES[verdict],
+        "sentence": _SENTENCES[verdict]
+        + (
+            f" Shard {judgement.shard} of the plan only; see the runs below."
+            if judgement.shard
+            else ""
+        ),
         "counts": verdict_counts(judgement),
         "exit_code": int(judgement.exit_code),
         "incomplete": judgement.incomplete,

@@ -61,7 +61,10 @@ def summary_lines(
 
 
 def headline(judgement: Judgement, commits_since: int | None = None) -> str:
-    """`attnbench nightly · date · device · commit (n commits since the last run)`."""
+    """`attnbench nightly · date · device · commit (n commits since the last run)`.
+
+    Of one shard of several it says which: the verdict is not that of the night.
+    """
     run = judgement.run
     commit = short_commit(run.commit) or "commit unknown"
     if commits_since is not None:
@@ -73,7 +76,10 @@ def headline(judgement: Judgement, commits_since: int | None = None) -> str:
         commit += " (same commit as the last run)"
     elif judgement.previous.commit:
         commit += f" (last run: {short_commit(judgement.previous.commit)})"
-    return " · ".join(("attnbench nightly", f"{run.started_at:%Y-%m-%d}", run.device_class, commit))
+    words = ["attnbench nightly", f"{run.started_at:%Y-%m-%d}", run.device_class, commit]
+    if judgement.shard:
+        words.append(f"shard {judgement.shard} of the plan only")
+    return " · ".join(words)
 
 
 def summary_text(

@@ -84,7 +84,8 @@ class Judgement:
 
     `failures` are what ended in one of `INCOMPLETE_STATUSES`, of judged and other metrics, wrong
     outputs first. `missing` are points the run planned and did not store; `dropped` are titles of
-    points that the run before it measured and this one did not plan.
+    points that the run before it measured and this one did not plan. `shard`: the part of the plan
+    the run measured, `2/4`; "": all of it.
     """
 
     run: RunSummary
@@ -94,6 +95,7 @@ class Judgement:
     failures: tuple[SeriesVerdict, ...] = ()
     missing: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    shard: str = ""
 
     def of(self, *verdicts: Verdict) -> tuple[SeriesVerdict, ...]:
         return tuple(v for v in self.verdicts if v.verdict in verdicts)

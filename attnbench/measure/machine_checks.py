@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from attnbench.backends.device import Device
+from attnbench.backends.host_compiler import compiler_works
 from attnbench.measure.ceilings import measure_quiet_cpu_ceilings
 from attnbench.measure.checks import (
     Check,
@@ -26,6 +27,7 @@ from attnbench.measure.checks import (
 from attnbench.measure.options import GPU_TIMERS
 from attnbench.measure.sampling import Target
 from attnbench.measure.timers import Subject, Timer, WallTimer
+from attnbench.store.disk import DISK_FULL
 from attnbench.workload import Workload
 
 #: The canary of the wall clock: a wait of known length, and how far off its median may be.
@@ -182,7 +184,8 @@ def check_backends(device: Device) -> Iterator[Check]:
             name="backend",
             result=CheckResult.WARN,
             measured=f"{name} is absent: {reason}",
-            mend="" if not install or install in reason else install,
+            # A reason that says what to install knows better than the package's name.
+            mend="" if "install" in reason else install,
         )
 
 
@@ -193,12 +196,12 @@ def check_compiler(device: Device) -> Check:
     )
     compiler = os.environ.get(variable, default)
     path = shutil.which(compiler)
-    if path:
-        return Check(name="compiler", result=CheckResult.OK, measured=path)
+    if compiler_works(compiler):
+        return Check(name="compiler", result=CheckResult.OK, measured=path or compiler)
     return Check(
         name="compiler",
         result=CheckResult.WARN,
-        measured=f"{compiler!r} is not found",
+        measured=f"{compiler!r} " + ("does not answer to --version" if path else "is not found"),
         meaning="FLEX_ATTENTION cannot be compiled"
         + ("" if device.kind == "cpu" else ", nor Triton's launchers"),
         mend=f"apt-get install {package}, or name one in {variable}",
@@ -222,7 +225,7 @@ def check_results_folder(results: Path) -> Check:
             result=CheckResult.FAIL,
             measured=f"{results} cannot be written: {error.strerror}",
             meaning="nothing that is measured could be stored",
-            mend=mend,
+            mend="free some space there" if error.errno in DISK_FULL else mend,
         )
     free = shutil.disk_usage(folder).free
     made = "" if results.is_dir() else ", will be made"

@@ -73,6 +73,11 @@ class MeasureOptions:
                 f"--rated-clock {self.rated_clock_hz / 1e6:g}: it is for GPU timers and needs a "
                 "clock in MHz, e.g. 1200; leave it out"
             )
+        if self.fake_slowdown and self.timer != "fake":
+            raise UsageError(
+                f"--fake-slowdown is for --timer fake, and the timer is {self.timer}; leave it "
+                "out, or rehearse with --timer fake"
+            )
         for name in ("budget_s", "target_rel_ci", "timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} = {getattr(self, name)}: use a number above 0, e.g. 0.5")

@@ -14,16 +14,18 @@ from pathlib import Path
 
 from attnbench.errors import AttnBenchError, InfrastructureError, ResultsFolderError
 
-_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
+#: What a system says when there is no room.
+DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 _READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 def write_error(path: Path, error: OSError) -> AttnBenchError:
     """What to raise for `error` met while writing `path`."""
     reason = error.strerror or str(error)
-    if error.errno in _FULL:
+    if error.errno in DISK_FULL:
         return InfrastructureError(
-            f"{path}: cannot be written: {reason}; free some space there, then go on with --resume"
+            f"{path}: cannot be written: {reason}; free some space there, then go on with "
+            "--resume last"
         )
     return ResultsFolderError(
         f"{path}: cannot be written: {reason}; name a folder you can write with --results"

@@ -50,3 +50,15 @@ def test_a_night_without_suites_says_what_to_do(attnbench: Attnbench, project: P
     assert done.returncode == 2
     assert "suites" in done.stderr.strip().splitlines()[-1]
     assert not (project / "results").exists()
+
+
+def test_a_shard_says_that_it_is_not_the_whole_night(attnbench: Attnbench, project: Path) -> None:
+    found = attnbench(*NIGHT, "--shard", "1/2")
+    assert found.returncode == 0, found.stderr
+    said = "shard 1/2 of the plan only"
+    site = project / "dashboards" / "site"
+    assert said in found.stdout.splitlines()[0]
+    assert said in (site / "summary.md").read_text(encoding="utf-8")
+    assert said.capitalize() in (site / "index.html").read_text(encoding="utf-8")
+    assert attnbench("dashboard").returncode == 0  # made again from what is stored
+    assert said.capitalize() in (site / "index.html").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +77,28 @@ def test_a_full_disk_stops_the_run_and_resuming_measures_what_is_missing(tmp_pat
         assert row["status"] == "OK"
         assert_not_mistimed(row)
     assert folder.check().is_ok
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP])
+def test_a_job_that_is_told_to_stop_keeps_what_it_has_and_goes_on(
+    tmp_path: Path, stop: signal.Signals
+) -> None:
+    with attnbench(tmp_path, "run", *SPEC, *FAKE) as run:
+        folder = tmp_path / "results"
+        until = time.monotonic() + 60
+        # The header and a few rows.
+        while not any(p.stat().st_size > 20_000 for p in folder.glob("runs/*.journal")):
+            assert time.monotonic() < until
+            assert run.poll() is None, "it ended before it could be stopped"
+            time.sleep(0.01)
+        run.send_signal(stop)
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode == 4, errors
+    assert "stopped; what was measured is stored, --resume last goes on" in errors
+    with attnbench(tmp_path, "run", "--resume", "last") as resumed:
+        _, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+    assert len(attention_rows(ResultsFolder(folder))) == NUM_POINTS
 
 
 def test_a_results_folder_that_is_removed_is_made_again_with_all_rows_of_the_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,9 @@ def test_a_compiler_that_is_not_there(
     found = machine.check_compiler(device)
     assert found.result is CheckResult.WARN
     assert "'no-such-compiler' is not found" in found.measured
-    monkeypatch.setenv(variable, "sh")  # any program that is there
+    monkeypatch.setenv(variable, "false")  # is there, and does nothing it is asked
+    assert machine.check_compiler(device).result is CheckResult.WARN
+    monkeypatch.setenv(variable, sys.executable)  # any program that answers
     assert machine.check_compiler(device).result is CheckResult.OK
 
 
