@@ -76,6 +76,10 @@ class FlashAttentionBackend(PairedCacheBackend, FlashAttention):
         return "FA3" if flash_attn_version(config, device) == 3 else "FA2"
 
     @classmethod
+    def kernel_patterns(cls, variant: str, device: Device) -> tuple[str, ...]:
+        return (LIBRARIES[variant].kernel_pattern,) if variant in LIBRARIES else ()
+
+    @classmethod
     def variant_refusal(cls, variant: str, config: AttentionConfig, device: Device) -> str | None:
         return refusal(variant, config, device)
 

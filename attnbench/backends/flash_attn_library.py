@@ -46,6 +46,16 @@ class Library:
     install: str
 
     @property
+    def kernel_pattern(self) -> str:
+        """Found in the name of a kernel of every forward call. Read off the symbols of vLLM
+        0.22.1's wheel; not yet seen on hardware."""
+        # Torch's own build of FA2 is in the namespace pytorch_flash.
+        return {
+            2: r"\bflash::flash_fwd_(splitkv_)?kernel",
+            3: r"\bflash::FlashAttnFwdSm90",
+        }[self.version]
+
+    @property
     def is_vllm(self) -> bool:
         return self.module.startswith("vllm.")
 
@@ -240,7 +250,7 @@ def load_module(lib: Library) -> ModuleType:
     """The library's module. Raises BackendUnavailableError."""
     try:
         if lib.is_vllm:
-            with _vllm_package():
+            with vllm_package():
                 module = importlib.import_module(lib.module)
         else:
             module = importlib.import_module(lib.module)
@@ -263,7 +273,7 @@ def _unavailable(lib: Library, why: str) -> BackendUnavailableError:
 
 
 @contextmanager
-def _vllm_package() -> Iterator[None]:
+def vllm_package() -> Iterator[None]:
     """While open, `vllm.vllm_flash_attn` can be imported without running vLLM's own `__init__`.
 
     That sets compiler options for the whole process (`vllm/env_override.py`), which would reach

@@ -1,0 +1,356 @@
+"""What the latent-attention backends through libraries share: selection, the split, prefill."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+
+from attnbench.backends.abstract import AttentionConfig, is_quantized_kv_cache
+from attnbench.backends.builder import AttentionCGSupport, AttentionMetadataBuilder, KVCacheSpec
+from attnbench.backends.cache_shapes import LatentCacheBackend
+from attnbench.backends.declared.base import DeclaredBackend
+from attnbench.backends.device import Device, cuda_device
+from attnbench.backends.impl import MLAAttentionImpl, MLALayer
+from attnbench.backends.metadata import CommonAttentionMetadata
+from attnbench.backends.mla_libraries import (
+    MLA_LIBRARIES,
+    MLALibrary,
+    capability_refusal,
+    default_prefill,
+    kernel_patterns,
+    missing_reason,
+    require_any,
+    split_variant,
+    variants_of,
+)
+from attnbench.backends.mla_prefill import (
+    PrefillChunk,
+    expand,
+    host_seq_lens,
+    load_prefill,
+    plan_chunks,
+)
+from attnbench.errors import BackendUnavailableError
+from attnbench.workload.types import AttentionShape, AttentionType
+
+D = TypeVar("D")
+
+
+class QueryLenSupport(Enum):
+    """Which decodes one call takes (`vllm/model_executor/layers/attention/mla_attention.py`)."""
+
+    SINGLE_ONLY = "one new token a request"
+    UNIFORM = "equally many new tokens a request"
+    VARLEN = "any"
+
+
+def count_decodes(query_lens: Sequence[int], threshold: int, support: QueryLenSupport) -> int:
+    """How many requests, from the first on, run in the absorbed form: vLLM's rule.
+
+    (`v1/attention/backends/utils.py: split_decodes_and_prefills`.) A uniform kernel takes those as
+    long as the first; another length ends the decodes, however short it is.
+    """
+    if support is QueryLenSupport.SINGLE_ONLY:
+        threshold = 1
+    if query_lens[0] > threshold:
+        return 0
+    uniform = support is not QueryLenSupport.VARLEN
+    for count, query_len in enumerate(query_lens):
+        if query_len > threshold or (uniform and query_len != query_lens[0]):
+            return count
+    return len(query_lens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeBatch:
+    """The requests of one step that run in the absorbed form.
+
+    seq_lens (num_decodes,), block_table (num_decodes, n) and query_start_loc (num_decodes + 1,) are
+    int32 on the device; the `_cpu` ones are the same on the host.
+    """
+
+    num_decodes: int
+    num_tokens: int
+    query_start_loc: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor
+    block_table: torch.Tensor
+    max_query_len: int
+    max_seq_len: int
+
+    @property
+    def query_len(self) -> int:
+        """New tokens of each request, where the kernel wants them uniform."""
+        return self.num_tokens // self.num_decodes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LibraryMLAMetadata(Generic[D]):
+    """One step's metadata; the first `num_decodes` requests run in the absorbed form.
+
+    `decode` is what the backend's own kernel needs, None without decodes.
+    """
+
+    num_actual_tokens: int
+    num_decodes: int
+    num_decode_tokens: int
+    num_prefills: int
+    slot_mapping: torch.Tensor
+    decode: D | None
+    prefill: tuple[PrefillChunk, ...] = field(default=())
+
+
+class LibraryMLABackend(LatentCacheBackend, DeclaredBackend):
+    """A family declared for the selector that attnbench runs: vLLM's predicates and, per variant,
+    what its library refuses beyond them. Derive from this first and the declared class second."""
+
+    #: Latent widths (kv_lora_rank, qk_rope_head_dim) of the kernels.
+    latent_widths: ClassVar[tuple[tuple[int, int], ...]] = ((512, 64),)
+
+    @classmethod
+    def get_variants(cls, device: Device) -> tuple[str, ...]:
+        return variants_of(cls.name, device) or (cls.first_variant(),)
+
+    @classmethod
+    def first_variant(cls) -> str:
+        """vLLM's choice."""
+        return next(iter(MLA_LIBRARIES[cls.name]))
+
+    @classmethod
+    def default_variant(cls, config: AttentionConfig, device: Device) -> str:
+        """What vLLM 0.22.1 runs; it is refused, and says what to ask for, where that has none."""
+        return cls.first_variant()
+
+    @classmethod
+    def kernel_patterns(cls, variant: str, device: Device) -> tuple[str, ...]:
+        return kernel_patterns(cls.name, variant, device)
+
+    @classmethod
+    def variant_refusal(cls, variant: str, config: AttentionConfig, device: Device) -> str | None:
+        decode, _, prefill = variant.partition("+")
+        if decode not in MLA_LIBRARIES[cls.name]:
+            return None
+        lib = MLA_LIBRARIES[cls.name][decode]
+        if reason := capability_refusal(cls.name, lib, device):
+            return reason
+        if prefill == "FA3" and device.capability is not None and device.capability.major != 9:
+            return f"FA3 needs compute capability 9.x, {device} has {device.capability}"
+        if reason := cls._feature_refusal(lib, config):
+            return reason
+        return cls.library_refusal(lib, config)
+
+    @classmethod
+    def _feature_refusal(cls, lib: MLALibrary, config: AttentionConfig) -> str | None:
+        features = {
+            "sliding window": config.has_sliding_window,
+            "logits soft cap": config.has_logits_soft_cap,
+            "ALiBi": config.use_alibi,
+        }
+        if refused := [name for name, is_set in features.items() if is_set]:
+            return f"{cls.name} has no {' and no '.join(refused)}; leave it out"
+        if config.attn_type is not AttentionType.DECODER:
+            return "latent attention is decoder attention; leave attn= out"
+        widths = (config.kv_lora_rank, config.qk_rope_head_dim)
+        if config.kv_lora_rank and widths not in cls.latent_widths:
+            known = " or ".join(f"{rank}+{rope}" for rank, rope in cls.latent_widths)
+            return f"{lib.variant} takes latents of {known} numbers, not {widths[0]}+{widths[1]}"
+        is_fp8 = config.kv_cache_dtype.startswith("fp8")
+        names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+        if not is_fp8 and config.kv_cache_dtype not in ("auto", names.get(config.dtype)):
+            return f"a {config.kv_cache_dtype} KV cache needs queries of the same type"
+        return None
+
+    @classmethod
+    def library_refusal(cls, lib: MLALibrary, config: AttentionConfig) -> str | None:
+        """Why the kernels of `lib` refuse `config`; None: they take it."""
+        return None
+
+    @classmethod
+    def supports_kv_cache_layout(cls, kv_cache_layout: str | None) -> bool:
+        """Any: a latent has one head, so that what vLLM requires here names the same memory."""
+        return kv_cache_layout is None or kv_cache_layout in cls.supported_layouts
+
+    @classmethod
+    def supports_combination(cls, config: AttentionConfig, device: Device) -> str | None:
+        """vLLM's reason, else that of the default variant when no variant takes the combination."""
+        if reason := super().supports_combination(config, device):
+            return reason
+        variants = variants_of(cls.name, device)
+        # Without any, the compute capability is refused already.
+        if variants and all(cls.variant_refusal(variant, config, device) for variant in variants):
+            return cls.variant_refusal(variants[0], config, device)
+        return None
+
+    @classmethod
+    def variant_unavailable(cls, variant: str, device: Device) -> str | None:
+        return missing_reason(cls.name, variant)
+
+    @classmethod
+    def unavailable_reason(cls, device: Device) -> str | None:
+        """The first variant's reason when no variant of `device` can be loaded."""
+        reasons = []
+        for variant in cls.get_variants(device):
+            reason = cls.variant_unavailable(variant, device)
+            if reason is None:
+                return None
+            reasons.append(reason)
+        return reasons[0]
+
+    @classmethod
+    def require_library(cls) -> None:
+        """Raises BackendUnavailableError when no library of this family is installed."""
+        require_any(cls.name)
+
+
+class LibraryMLABuilder(AttentionMetadataBuilder[LibraryMLAMetadata[D]]):
+    """Splits the batch as vLLM does, and plans both parts."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    backend: ClassVar[str]
+    query_len_support: QueryLenSupport = QueryLenSupport.UNIFORM
+
+    def __init__(
+        self,
+        spec: KVCacheSpec,
+        layer_names: Sequence[str],
+        device: torch.device,
+        variant: str = "",
+    ) -> None:
+        """Raises UsageError without a variant, BackendUnavailableError without its library."""
+        super().__init__(spec, layer_names, device, variant)
+        self.library, prefill = split_variant(self.backend, variant)
+        self.prefill_variant = prefill or default_prefill(_device_of(device))
+        self.is_quantized = is_quantized_kv_cache(spec.kv_cache_dtype)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> LibraryMLAMetadata[D]:
+        """`common_prefix_len` changes nothing: each request reads the shared pages itself.
+
+        Raises: BackendUnavailableError when there are prefills and no library for them.
+        """
+        return self._build(common_attn_metadata, fast_build, False)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> LibraryMLAMetadata[D]:
+        return self._build(common_attn_metadata, False, True)
+
+    def _build(
+        self, common: CommonAttentionMetadata, fast_build: bool, for_graph: bool
+    ) -> LibraryMLAMetadata[D]:
+        query_lens: list[int] = common.query_start_loc_cpu.diff().tolist()
+        threshold = self.reorder_batch_threshold or 1
+        num_decodes = count_decodes(query_lens, threshold, self.query_len_support)
+        num_prefills = common.num_reqs - num_decodes
+        if num_prefills:
+            self._require_prefill(num_prefills)
+        decode = None
+        if num_decodes:
+            seq_lens_cpu = host_seq_lens(common)[:num_decodes]
+            batch = DecodeBatch(
+                num_decodes=num_decodes,
+                num_tokens=sum(query_lens[:num_decodes]),
+                query_start_loc=common.query_start_loc[: num_decodes + 1],
+                query_start_loc_cpu=common.query_start_loc_cpu[: num_decodes + 1],
+                seq_lens=common.seq_lens[:num_decodes],
+                seq_lens_cpu=seq_lens_cpu,
+                block_table=common.block_table_tensor[:num_decodes],
+                max_query_len=max(query_lens[:num_decodes]),
+                max_seq_len=int(seq_lens_cpu.max()),
+            )
+            decode = self.build_decode(batch, fast_build, for_graph)
+        return LibraryMLAMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            num_decodes=num_decodes,
+            num_decode_tokens=sum(query_lens[:num_decodes]),
+            num_prefills=num_prefills,
+            slot_mapping=common.slot_mapping,
+            decode=decode,
+            prefill=plan_chunks(common, num_decodes, self.spec.block_size),
+        )
+
+    def _require_prefill(self, num_prefills: int) -> None:
+        try:
+            load_prefill(self.prefill_variant)
+        except BackendUnavailableError as error:
+            raise BackendUnavailableError(
+                f"{self.backend} decodes only: {num_prefills} requests of this batch are prefills, "
+                f"which run through FLASH_ATTN:{self.prefill_variant}; {error}"
+            ) from error
+
+    @abstractmethod
+    def build_decode(self, batch: DecodeBatch, fast_build: bool, for_graph: bool) -> D:
+        """What the absorbed form needs. `for_graph`: in memory that stays, to be captured."""
+
+
+class LibraryMLAImpl(MLAAttentionImpl[LibraryMLAMetadata[D]]):
+    """Cache writes and the expanded form; the absorbed one is the family's own."""
+
+    backend: ClassVar[str]
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        kv_cache_dtype: str = "auto",
+        attn_type: AttentionType = AttentionType.DECODER,
+        alibi_slopes: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        variant: str = "",
+    ) -> None:
+        """Raises UsageError without a variant."""
+        super().__init__(shape, kv_cache_dtype, attn_type, alibi_slopes, sinks, variant)
+        self.library, self._prefill_variant = split_variant(self.backend, variant)
+        self.is_quantized = is_quantized_kv_cache(kv_cache_dtype)
+
+    def do_kv_cache_update(
+        self,
+        layer: MLALayer,
+        kv_c_normed: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """By attnbench's own kernel: these libraries have none that follows a slot mapping."""
+        # Here, so that the class, which the selector asks, needs no triton.
+        from attnbench.backends.triton_mla_launch import write_latent_launch
+
+        k_scale = layer._k_scale if self.is_quantized else None
+        write_latent_launch(kv_c_normed, k_pe, kv_cache, slot_mapping, k_scale).run()
+
+    def forward_mha(
+        self,
+        layer: MLALayer,
+        q: torch.Tensor,
+        kv_c_normed: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: LibraryMLAMetadata[D],
+        output: torch.Tensor,
+    ) -> None:
+        """Raises BackendUnavailableError without the prefill library."""
+        kernels = load_prefill(self._prefill_variant or default_prefill(_device_of(q.device)))
+        for chunk in attn_metadata.prefill:
+            key, value = expand(layer, chunk, kv_c_normed, k_pe, kv_cache, self.shape)
+            tokens = chunk.tokens
+            kernels.run(q[tokens], key, value, output[tokens], chunk, self.scale)
+
+    def decode_of(self, attn_metadata: LibraryMLAMetadata[D]) -> D:
+        """The decode part, which a call of `forward_mqa` presupposes."""
+        assert attn_metadata.decode is not None, "forward_mqa of a batch without decodes"
+        return attn_metadata.decode
+
+
+def _device_of(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return Device(device.type)
+    return cuda_device(*torch.cuda.get_device_capability(device))
