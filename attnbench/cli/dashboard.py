@@ -20,7 +20,9 @@ def dashboard(
         Path | None,
         typer.Option(help="Which pages are shown. Default: default.toml in the dashboards folder."),
     ] = None,
-    run: Annotated[str, typer.Option(help="Run the overview judges. Default: the newest.")] = "",
+    run: Annotated[
+        str, typer.Option(help="Run the overview judges. Default: the newest not published.")
+    ] = "",
     format: FormatOption = Format.TABLE,
 ) -> None:
     """Write the pages; they open from disk, with no server. Prints where index.html is."""
@@ -35,7 +37,9 @@ def dashboard(
     folder = ResultsFolder(settings.results)
     table = folder.table()
     runs = runs_of(table)
-    judgement = judge(table, run or None)
+    published = folder.published_runs()
+    own = [one.run_id for one in runs if one.run_id not in published]
+    judgement = judge(table, run or (own[-1] if own else None))
     shard = str(folder.header(judgement.run.run_id).options.get("shard", ""))
     judgement = replace(judgement, shard=shard)
     index = render(
@@ -46,5 +50,6 @@ def dashboard(
         matrix=read_matrix(settings.matrix_file),
         pages=load_pages(config, settings.dashboards),
         ceilings=folder.ceilings(),
+        published=published,
     )
     emit([{"page": str(index), "runs": len(runs), "rows": table.num_rows}], format)

@@ -95,20 +95,24 @@ def history(
     by: Annotated[
         str,
         typer.Option(
-            help="series: one line each with its verdict; commit or stack: one per level."
+            help="series: one line each with its verdict; commit or stack: one per level; "
+            "backend: the best of each workload, and by how much."
         ),
     ] = "series",
     metric: MetricOption = None,
     results: ResultsOption = None,
     format: FormatOption = Format.TABLE,
 ) -> None:
-    """List every series with the verdict on its newest run, or its levels."""
+    """List every series with the verdict on its newest run, its levels, or the best backends."""
+    from attnbench.history.best import BEST_COLUMNS, best_backends, best_row
     from attnbench.history.rule import VerdictSettings
     from attnbench.history.series import Axis, series_of
     from attnbench.history.verdict import judge_series
 
-    if by not in ("series", *Axis):
-        raise UsageError(f"--by {by!r} is not known; use one of series, commit, stack")
+    if by not in ("series", "backend", *Axis):
+        raise UsageError(f"--by {by!r} is not known; use one of series, commit, stack, backend")
+    if by == "backend" and metric:
+        raise UsageError("--by backend compares metric attention; leave out --metric beside it")
     settings = VerdictSettings(metrics=_metrics(metric))
     every = series_of(_table(results), settings.metrics)
     chosen = [
@@ -123,6 +127,8 @@ def history(
     if by == "series":
         verdicts = [judge_series(s, s.newest, settings) for s in chosen]
         emit([verdict_row(v) for v in verdicts], format, HISTORY_COLUMNS)
+    elif by == "backend":
+        emit([best_row(best) for best in best_backends(chosen)], format, BEST_COLUMNS)
     else:
         axis = Axis(by)
         rows = [row for s in chosen for row in _level_rows(s, axis)]

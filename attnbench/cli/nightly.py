@@ -141,6 +141,7 @@ def nightly(
         pages=load_pages(folder=settings.dashboards),
         summary=markdown,
         ceilings=folder.ceilings(),
+        published=folder.published_runs(),
     )
     if format is Format.TABLE:
         print(summary_text(judgement, color=sys.stdout.isatty(), **facts))

@@ -26,7 +26,7 @@ def query(
         typer.Argument(
             help="One SELECT in DuckDB's SQL over the view `results`, e.g. "
             "'SELECT backend, count(*) FROM results GROUP BY ALL'; "
-            "'DESCRIBE results' lists the columns."
+            "'DESCRIBE results' lists the columns; the view `published` lists the published runs."
         ),
     ],
     results: ResultsOption = None,
@@ -44,18 +44,37 @@ def export(
     sql: Annotated[
         str, typer.Option(help="Export the result of this SELECT over `results`, not all rows.")
     ] = "",
+    run: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this run (its id, or `last`); repeat for several."),
+    ] = None,
+    public: Annotated[
+        bool,
+        typer.Option(
+            "--public",
+            help="Write this folder's own runs so that anybody may see them: names of machines and "
+            "GPUs hashed, paths and user names taken out. Into results/published/ to be shown.",
+        ),
+    ] = False,
     results: ResultsOption = None,
     format: Annotated[
         str, typer.Option(help="csv, json, parquet or markdown. Default: the file's ending.")
     ] = "",
 ) -> None:
-    """Write all stored rows, or the result of a query, into one file."""
+    """Write all stored rows, those of some runs, or the result of a query, into one file."""
     from attnbench.store.export import ExportFormat
 
+    if sql and (run or public):
+        raise UsageError("--sql chooses its own rows; leave out --run and --public beside it")
+    if public:
+        if format not in ("", ExportFormat.PARQUET):
+            raise UsageError(f"--format {format!r}: --public writes Parquet; leave --format out")
+        _export_public(_folder(results), path, run or [])
+        return
     if format and format not in list(ExportFormat):
         raise UsageError(f"--format {format!r}: write one of {', '.join(ExportFormat)}")
     chosen = ExportFormat(format) if format else None
-    count = _folder(results).export(path, chosen, sql or None)
+    count = _folder(results).export(path, chosen, sql or None, run or [])
     note(f"{count} rows written to {path}")
 
 
@@ -87,6 +106,19 @@ def compact(
         emit((dict(zip(columns, row, strict=True)) for row in rows), format, columns)
     else:
         note("nothing to compact")
+
+
+def _export_public(folder: ResultsFolder, path: Path, runs: list[str]) -> None:
+    from attnbench.store.publish import MAX_BYTES
+
+    done = folder.publish(path, runs)
+    size = f"{done.num_bytes / 1e6:.2f} MB"
+    note(f"{done.num_rows} rows of {done.num_runs} run(s) written to {path}, {size}")
+    if done.is_too_big:
+        note(
+            f"{path}: more than {MAX_BYTES / 1e6:g} MB, and a repository keeps every version of it "
+            "for ever; publish fewer runs with --run, or do not commit it"
+        )
 
 
 def _folder(results: Path | None) -> ResultsFolder:

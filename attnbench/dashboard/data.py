@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -161,7 +161,9 @@ def verdict_data(verdict: SeriesVerdict, run_index: Mapping[str, int]) -> dict[s
     }
 
 
-def runs_data(runs: Sequence[RunSummary], conditions_shown: int) -> dict[str, Any]:
+def runs_data(
+    runs: Sequence[RunSummary], conditions_shown: int, published: Collection[str] = ()
+) -> dict[str, Any]:
     """All runs, oldest first, and every stack once. The newest ones have a conditions file."""
     stacks = {run.stack_id: list(run.stack) for run in runs}
     listed = []
@@ -186,6 +188,7 @@ def runs_data(runs: Sequence[RunSummary], conditions_shown: int) -> dict[str, An
                 "points": {str(status): count for status, count in run.points.items()},
                 "facts": dict(run.facts),
                 "change": change.text if change else "",
+                "published": run.run_id in published,
                 "conditions": number >= len(runs) - conditions_shown,
             }
         )

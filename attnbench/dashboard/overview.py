@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from attnbench.history.rule import Reason, Verdict
@@ -45,7 +45,10 @@ _SENTENCES = {
 
 
 def overview_context(
-    judgement: Judgement, runs: Sequence[RunSummary], run_index: Mapping[str, int]
+    judgement: Judgement,
+    runs: Sequence[RunSummary],
+    run_index: Mapping[str, int],
+    published: Collection[str] = (),
 ) -> dict[str, Any]:
     """Values of the overview's template."""
     run = judgement.run
@@ -63,7 +66,7 @@ def overview_context(
         "counts": verdict_counts(judgement),
         "exit_code": int(judgement.exit_code),
         "incomplete": judgement.incomplete,
-        "run": _run_row(run, run_index),
+        "run": _run_row(run, run_index, published),
         "environment": judgement.environment.text if judgement.environment else "",
         "sections": [section for section in _sections(judgement) if section["total"]],
         "missing": len(judgement.missing),
@@ -71,7 +74,7 @@ def overview_context(
         "num_dropped": len(judgement.dropped),
         "new": len(judgement.because(Reason.NO_BASELINE)),
         "num_judged": len(judgement.verdicts),
-        "runs": [_run_row(one, run_index) for one in reversed(runs[-_RUNS:])],
+        "runs": [_run_row(one, run_index, published) for one in reversed(runs[-_RUNS:])],
         "num_runs": len(runs),
     }
 
@@ -138,7 +141,9 @@ def _note_entry(verdict: SeriesVerdict) -> dict[str, Any]:
     return _entry(verdict, "", verdict.note)
 
 
-def _run_row(run: RunSummary, run_index: Mapping[str, int]) -> dict[str, Any]:
+def _run_row(
+    run: RunSummary, run_index: Mapping[str, int], published: Collection[str]
+) -> dict[str, Any]:
     return {
         "id": run.run_id,
         "number": run_index[run.run_id],
@@ -147,6 +152,7 @@ def _run_row(run: RunSummary, run_index: Mapping[str, int]) -> dict[str, Any]:
         "subject": run.commit_subject,
         "stack": run.stack_id[:7],
         "device": run.device_class,
+        "published": run.run_id in published,
         "suites": ", ".join(run.suites),
         "points": run.num_points,
         "statuses": ", ".join(f"{n} {s}" for s, n in sorted(run.points.items())),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,13 +39,14 @@ def render(
     settings: VerdictSettings | None = None,
     summary: str | None = None,
     ceilings: Mapping[str, Ceilings] | None = None,
+    published: Collection[str] = (),
 ) -> Path:
     """Write the pages of `table` into `out` and give the path of index.html.
 
     `table` has all columns of the record, `runs` is `runs_of(table)`; `matrix` is rows of the
     selection matrix (`attnbench matrix --format json`); `summary` is Markdown that is left beside
-    index.html as summary.md; `ceilings` is `ResultsFolder.ceilings()`. Files of an earlier
-    rendering are replaced.
+    index.html as summary.md; `ceilings` is `ResultsFolder.ceilings()`, `published` its
+    `published_runs()`, which are marked. Files of an earlier rendering are replaced.
     Raises InfrastructureError on a full disk, DataError if `out` cannot be written.
     """
     pages = pages or Pages()
@@ -53,7 +54,16 @@ def render(
     every = series_of(table)
     try:
         index = _write(
-            table, list(runs), judgement, out, every, matrix, pages, settings, ceilings or {}
+            table,
+            list(runs),
+            judgement,
+            out,
+            every,
+            matrix,
+            pages,
+            settings,
+            ceilings or {},
+            published,
         )
         if summary is not None:
             write_text_atomically(out / "summary.md", summary)
@@ -80,12 +90,13 @@ def _write(
     pages: Pages,
     settings: VerdictSettings,
     ceilings: Mapping[str, Ceilings],
+    published: Collection[str],
 ) -> Path:
     run_index = {run.run_id: number for number, run in enumerate(runs)}
     verdicts = data.verdicts_of(every, judgement, settings)
     scripts: dict[str, Any] = {
         "index": data.index_data(every, verdicts, pages.title),
-        "runs": data.runs_data(runs, pages.runs),
+        "runs": data.runs_data(runs, pages.runs, published),
     }
     if pages.shows("series"):
         for chunk, content in data.series_chunks(every, verdicts, run_index).items():
@@ -104,7 +115,7 @@ def _write(
         "site": pages,
         "nav": [(_file_of(p), p, PAGE_TITLES[p]) for p in pages.pages],
         "has_matrix": matrix is not None,
-        **overview_context(judgement, runs, run_index),
+        **overview_context(judgement, runs, run_index, published),
     }
     for page in pages.pages:
         html = environment.get_template(f"{page}.html.j2").render(page=page, **context)

@@ -13,6 +13,7 @@ from attnbench.errors import DataError
 from attnbench.store.header import month_of
 from attnbench.store.journal import read_journal
 from attnbench.store.layout import Layout, run_id_of
+from attnbench.store.publish import betrayed_columns
 from attnbench.store.record import Status, point_id, stack_id, workload_id
 from attnbench.store.schema import ROW_KEY, rows_to_table
 from attnbench.store.sealed import SealedFile
@@ -49,23 +50,34 @@ def check_folder(layout: Layout) -> CheckReport:
 
     Of every sealed file: both SHA-256 digests (every byte), page checksums, schema version; rows
     with unique keys, known statuses, samples on OK and NOISY only, and ids that are the hashes of
-    what they stand for. Of every journal: the checksum of each line, and the same of its rows.
+    what they stand for. Of every journal: the checksum of each line, and the same of its rows. Of
+    published files also that no name of a machine or GPU is in its column as it is.
     """
     problems: list[Problem] = []
     own = frozenset(run_id_of(path) for path in layout.run_paths())
     num_files = num_rows = 0
-    owners: dict[str, Path] = {}
-    for path in [*layout.month_paths(), *layout.run_paths()]:
+    owners: dict[tuple[Path, str], Path] = {}
+    counted = set(own)
+    counted.update(run_id_of(path) for path in layout.ended_journals())
+    for path in [*layout.month_paths(), *layout.run_paths(), *layout.published_paths()]:
         num_files += 1
         try:
             file = SealedFile.open(path)
             file.verify()
             problems.extend(Problem(path, text) for text in _check_place(file, layout, owners))
             checker = _RowChecker(file.run_ids)
+            betrayed: set[str] = set()
             for table in file.row_groups():
                 checker.add(table)
-            num_rows += checker.count_rows(frozenset() if path.parent == layout.runs else own)
+                if path.parent == layout.published:
+                    betrayed.update(betrayed_columns(table))
+            hidden = {layout.runs: frozenset(), layout.months: own}.get(path.parent, counted)
+            num_rows += checker.count_rows(frozenset(hidden))
+            counted.update(file.run_ids)
             problems.extend(Problem(path, text) for text in checker.findings())
+            if betrayed:
+                text = f"tells the {' and '.join(sorted(betrayed))} of a machine; remove it and "
+                problems.append(Problem(path, text + "write it with `results export --public`"))
         except DataError as error:
             text = str(error).removeprefix(f"{path}: ")
             problems.append(Problem(path, text))
@@ -91,7 +103,9 @@ def check_folder(layout: Layout) -> CheckReport:
     return CheckReport(num_files, num_rows, tuple(problems))
 
 
-def _check_place(file: SealedFile, layout: Layout, owners: dict[str, Path]) -> Iterator[str]:
+def _check_place(
+    file: SealedFile, layout: Layout, owners: dict[tuple[Path, str], Path]
+) -> Iterator[str]:
     """Whether a file lies where its runs belong, and holds no run another file of its kind has."""
     in_runs = file.path.parent == layout.runs
     if in_runs and file.run_ids != (run_id_of(file.path),):
@@ -99,11 +113,12 @@ def _check_place(file: SealedFile, layout: Layout, owners: dict[str, Path]) -> I
     if in_runs:
         return
     for run_id in file.run_ids:
-        if month_of(run_id) != file.path.stem:
+        if file.path.parent == layout.months and month_of(run_id) != file.path.stem:
             yield f"holds run {run_id} of another month; rename it back to <YYYY-MM>.parquet"
-        if run_id in owners:
-            yield f"holds run {run_id}, as does {owners[run_id]}; move one of them away"
-        owners[run_id] = file.path
+        place = (file.path.parent, run_id)
+        if place in owners:
+            yield f"holds run {run_id}, as does {owners[place]}; move one of them away"
+        owners[place] = file.path
 
 
 class _RowChecker:

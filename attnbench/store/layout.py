@@ -5,11 +5,15 @@
     ├── runs/<run id>.journal            a run being written, or one that was killed
     ├── runs/<run id>.parquet            a sealed run
     ├── runs/<run id>.journal.corrupt    set aside: what could be read of it is sealed
-    └── months/<YYYY-MM>.parquet         sealed runs, compacted
+    ├── months/<YYYY-MM>.parquet         sealed runs, compacted
+    ├── published/<any name>.parquet     runs anybody may see, of this machine and others; only read
+    └── .publish-salt                    what their names were hashed with; never leaves this folder
 
 A run's own file counts, not the month file that holds the run as well: that is so after a
 compaction was killed before it removed the run files, and after a compacted run was resumed. A
-journal's rows count beside the run's sealed rows, without those that are sealed already.
+journal's rows count beside the run's sealed rows, without those that are sealed already. A
+published run counts where the folder has no rows of its own of it, and from the first file that
+holds it.
 """
 
 from __future__ import annotations
@@ -62,6 +66,14 @@ class Layout:
     def months(self) -> Path:
         return self.root / "months"
 
+    @property
+    def published(self) -> Path:
+        return self.root / "published"
+
+    @property
+    def publish_salt(self) -> Path:
+        return self.root / ".publish-salt"
+
     def sealed(self, run_id: str) -> Path:
         return self.runs / f"{run_id}.parquet"
 
@@ -99,6 +111,9 @@ class Layout:
     def run_paths(self) -> list[Path]:
         return sorted(self.runs.glob("[!.]*.parquet"))
 
+    def published_paths(self) -> list[Path]:
+        return sorted(self.published.glob("[!.]*.parquet"))
+
     def journal_paths(self) -> list[Path]:
         return sorted(self.runs.glob("[!.]*.journal"))
 
@@ -107,7 +122,10 @@ class Layout:
         return [path for path in self.journal_paths() if not is_live(path)]
 
     def segments(self) -> list[Segment]:
-        """All sealed files, months first. Raises DataError for any that cannot be read."""
+        """This folder's own sealed files, months first: all that is ever merged or resumed.
+
+        Raises DataError for any that cannot be read.
+        """
         run_files = [SealedFile.open(path) for path in self.run_paths()]
         own = frozenset(run_id for file in run_files for run_id in file.run_ids)
         month_files = [SealedFile.open(path) for path in self.month_paths()]
@@ -126,6 +144,32 @@ class Layout:
             contents.refuse_corrupt()
             if not contents.is_blank:
                 yield contents, unsealed_rows(contents, segments)
+
+    def readable(self) -> tuple[list[Segment], list[tuple[JournalContents, pa.Table]]]:
+        """Everything rows are read from: own and published files, and `remains`.
+
+        Raises DataError for a file that cannot be read.
+        """
+        segments = self.segments()
+        rests = list(self.remains(segments))
+        counted = {run_id for segment in segments for run_id in segment.run_ids}
+        counted.update(run_id_of(contents.path) for contents, _ in rests)
+        for path in self.published_paths():
+            file = SealedFile.open(path)
+            published = Segment(file, frozenset(counted.intersection(file.run_ids)))
+            if published.run_ids:
+                segments.append(published)
+            counted.update(file.run_ids)
+        return segments, rests
+
+    def published_of(self, segments: list[Segment]) -> list[tuple[str, Path]]:
+        """Each run whose rows are read from a published one of `segments`, with its file."""
+        return [
+            (run_id, segment.file.path)
+            for segment in segments
+            if segment.file.path.parent == self.published
+            for run_id in segment.run_ids
+        ]
 
 
 def run_id_of(path: Path) -> str:

@@ -16,8 +16,12 @@ _GLOB = re.compile(r"[*?\[]")
 _MEND = "columns: `attnbench results query 'DESCRIBE results'`"
 
 
-def run_query(sql: str, segments: Sequence[Segment], remains: pa.Table) -> pa.Table:
+def run_query(
+    sql: str, segments: Sequence[Segment], remains: pa.Table, published: pa.Table
+) -> pa.Table:
     """The result of one SELECT over a view `results`: sealed files, read lazily, and `remains`.
+
+    A second view, `published`, says of which runs the rows are published ones, and in which file.
 
     The SQL can read these files and nothing else, and write nothing: no other file, network or
     setting. Raises UsageError with DuckDB's first line for SQL it refuses, CorruptDataError if it
@@ -29,6 +33,7 @@ def run_query(sql: str, segments: Sequence[Segment], remains: pa.Table) -> pa.Ta
         connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET python_enable_replacements = false")
         connection.register("attnbench_remains", remains)
+        connection.register("published", published)
         sources = ["SELECT * FROM attnbench_remains"]
         paths = []
         for number, segment in enumerate(segments):

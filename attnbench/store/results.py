@@ -18,10 +18,12 @@ from attnbench.store.export import ExportFormat, export_table, format_of
 from attnbench.store.header import RunHeader, check_run_id
 from attnbench.store.journal import Journal, is_live
 from attnbench.store.layout import Layout, row_keys, run_id_of, stored_rows
+from attnbench.store.publish import PublishedFile, chosen_runs, publish
 from attnbench.store.query import parse_select, run_query
 from attnbench.store.run import Run as Run
 from attnbench.store.runs import RUN_COLUMNS, RunInfo, list_runs
 from attnbench.store.schema import ROW_KEY, SCHEMA
+from attnbench.store.sealed import SealedFile
 from attnbench.store.sealing import SealedRun, seal_orphans
 
 #: Column -> the value wanted, or several values any of which will do.
@@ -31,8 +33,8 @@ Where = Mapping[str, Any]
 class ResultsFolder:
     """Safe for several processes at once. Nothing is made on disk before the first `open_run`.
 
-    Rows are read from sealed files and from the journals of runs that ended; a run that is being
-    written is not seen before it ends.
+    Rows are read from sealed files, from the journals of runs that ended, and from `published/`; a
+    run that is being written is not seen before it ends.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -63,6 +65,12 @@ class ResultsFolder:
                 if stored.run_id == run_id
             ]
             if resume and not stored:
+                if any(
+                    run_id in SealedFile.open(p).run_ids for p in self._layout.published_paths()
+                ):
+                    raise UsageError(
+                        f"--resume {run_id}: a published run, which is only read; start a new one"
+                    )
                 newest = _newest(run_id for segment in segments for run_id in segment.run_ids)
                 raise UsageError(f"--resume {run_id}: no such run in {self.path}; {newest}")
             if stored and not resume:
@@ -93,9 +101,9 @@ class ResultsFolder:
         expression = _expression(where) if isinstance(where, Mapping) else where
         schema = pa.schema([SCHEMA.field(name) for name in names])
         with self._layout.locked(exclusive=False):
-            segments = self._layout.segments()
+            segments, rests = self._layout.readable()
             tables = [segment.file.read(names, segment.visible(expression)) for segment in segments]
-            for _, rest in self._layout.remains(segments):
+            for _, rest in rests:
                 rows = rest if expression is None else rest.filter(expression)
                 tables.append(rows.select(names))
         return pa.concat_tables([schema.empty_table(), *tables])
@@ -103,31 +111,63 @@ class ResultsFolder:
     def query(self, sql: str) -> pa.Table:
         """The result of one SELECT in DuckDB's SQL over the view `results`.
 
+        The view `published` (`run_id`, `file`) lists the runs whose rows are published ones.
+
         Sealed files are read by DuckDB itself: only the columns and row groups that are needed, and
         without page checksums. Raises UsageError for SQL that DuckDB refuses or that is no SELECT.
         """
         parse_select(sql)  # before anything is read
         with self._layout.locked(exclusive=False):
-            segments = self._layout.segments()
-            rests = [rest for _, rest in self._layout.remains(segments)]
-            return run_query(sql, segments, pa.concat_tables([SCHEMA.empty_table(), *rests]))
+            segments, rests = self._layout.readable()
+            remains = pa.concat_tables([SCHEMA.empty_table(), *(rest for _, rest in rests)])
+            files = self._layout.published_of(segments)
+            published = pa.table(
+                {
+                    "run_id": pa.array([run_id for run_id, _ in files], pa.string()),
+                    "file": pa.array([path.name for _, path in files], pa.string()),
+                }
+            )
+            return run_query(sql, segments, remains, published)
 
     def export(
         self,
         path: Path | str,
         format: ExportFormat | None = None,
         sql: str | None = None,
+        runs: Sequence[str] = (),
     ) -> int:
-        """Write all rows, or the result of `sql`, to one file; gives the number of rows.
+        """Write all rows, those of some `runs`, or the result of `sql`; gives the number of rows.
 
         The format is told by the file name's ending unless given. Raises UsageError for an unknown
-        ending, ResultsFolderError or InfrastructureError if the file cannot be written.
+        ending or run, ResultsFolderError or InfrastructureError if the file cannot be written.
         """
         target = Path(path)
         chosen = format or format_of(target)
-        table = self.table() if sql is None else self.query(sql)
+        if sql is not None:
+            table = self.query(sql)
+        else:
+            chosen_ids = chosen_runs(runs, self._headers(), self.path) if runs else []
+            table = self.table(where={"run_id": chosen_ids} if runs else None)
         export_table(table, target, chosen)
         return int(table.num_rows)
+
+    def publish(self, path: Path | str, runs: Sequence[str] = ()) -> PublishedFile:
+        """Write this folder's own rows, or those of some `runs`, so that anybody may see them.
+
+        See `attnbench.store.publish` for what is taken out. Raises UsageError for a run that is not
+        there or a name that does not end in .parquet, DataError if a name would be left in it,
+        ResultsFolderError or InfrastructureError if it cannot be written.
+        """
+        with self._layout.locked(exclusive=True):
+            return publish(self._layout, Path(path), runs)
+
+    def published_runs(self) -> frozenset[str]:
+        """Ids of the runs whose rows are read from `published/`."""
+        if not self.path.is_dir():
+            return frozenset()
+        with self._layout.locked(exclusive=False):
+            segments, _ = self._layout.readable()
+            return frozenset(run_id for run_id, _ in self._layout.published_of(segments))
 
     def check(self) -> CheckReport:
         """Read everything and name every file that is not what was written."""
@@ -146,16 +186,16 @@ class ResultsFolder:
         table = self.table(RUN_COLUMNS)
         headers = self._headers()
         unsealed = frozenset(run_id_of(path) for path in self._layout.ended_journals())
-        return list_runs(headers.values(), table, unsealed)
+        return list_runs(headers.values(), table, unsealed, self.published_runs())
 
     def header(self, run_id: str) -> RunHeader:
-        """The header of a stored run that ended; `last` is the newest one.
+        """The header of a stored run that ended; `last` is the newest of this folder's own.
 
         Raises UsageError if there is none, ResultsFolderError if a process is still writing it.
         """
         headers = self._headers() if self.path.is_dir() else {}
-        if run_id == "last" and headers:
-            return headers[max(headers)]
+        if run_id == "last" and (own := headers.keys() - self.published_runs()):
+            return headers[max(own)]
         if run_id != "last" and is_live(self._layout.journal(check_run_id(run_id))):
             raise _still_written(run_id)
         if run_id not in headers:
@@ -169,9 +209,14 @@ class ResultsFolder:
 
     def _headers(self) -> dict[str, RunHeader]:
         with self._layout.locked(exclusive=False):
-            segments = self._layout.segments()
-            headers = {h.run_id: h for segment in segments for h in segment.file.headers()}
-            for contents, _ in self._layout.remains(segments):
+            segments, rests = self._layout.readable()
+            headers = {
+                header.run_id: header
+                for segment in segments
+                for header in segment.file.headers()
+                if header.run_id not in segment.hidden
+            }
+            for contents, _ in rests:
                 run_id = run_id_of(contents.path)
                 headers.setdefault(run_id, contents.header or RunHeader.salvaged(run_id))
         return headers

@@ -35,6 +35,7 @@ class RunInfo:
     device_class: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
     is_sealed: bool = True
+    is_published: bool = False  # its rows are those of `published/`: no such run of this folder
 
     @property
     def num_rows(self) -> int:
@@ -42,7 +43,10 @@ class RunInfo:
 
 
 def list_runs(
-    headers: Iterable[RunHeader], table: pa.Table, unsealed: frozenset[str]
+    headers: Iterable[RunHeader],
+    table: pa.Table,
+    unsealed: frozenset[str],
+    published: frozenset[str] = frozenset(),
 ) -> list[RunInfo]:
     """The runs of `headers`, newest last. `table` has the columns RUN_COLUMNS.
 
@@ -69,6 +73,7 @@ def list_runs(
                 device_class=str(group.get("device_class", "")),
                 counts=dict(sorted(counts.get(header.run_id, {}).items())),
                 is_sealed=header.run_id not in unsealed,
+                is_published=header.run_id in published,
             )
         )
     return infos

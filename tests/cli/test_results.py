@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,60 @@ def test_every_option_has_help() -> None:
         assert "--results" in shown
         assert "--format" in shown
         assert "Results folder" in shown
+
+
+def test_export_of_some_runs(folder: ResultsFolder, tmp_path: Path) -> None:
+    assert typed("export", "one.csv", "--run", "last").stderr == "3 rows written to one.csv\n"
+    with pytest.raises(UsageError, match="--run 20200101T000000Z-abcdef: no such run in"):
+        typed("export", "one.csv", "--run", "20200101T000000Z-abcdef")
+    with pytest.raises(UsageError, match="--sql chooses its own rows"):
+        typed("export", "one.csv", "--run", "last", "--sql", "SELECT 1")
+
+
+def test_export_to_be_published(
+    folder: ResultsFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = typed("export", "results/published/mine.parquet", "--public", "--run", "last")
+    size = (tmp_path / "results" / "published" / "mine.parquet").stat().st_size / 1e6
+    assert done.stderr == (
+        f"3 rows of 1 run(s) written to results/published/mine.parquet, {size:.2f} MB\n"
+    )
+    assert typed("check").stderr == "3 files, 5 rows: all good\n"
+    monkeypatch.setattr("attnbench.store.publish.MAX_BYTES", 10_000)
+    told = typed("export", "big.parquet", "--public").stderr.splitlines()
+    assert told[1].startswith("big.parquet: more than 0.01 MB")
+    assert "--run" in told[1]
+    with pytest.raises(UsageError, match="--format 'csv': --public writes Parquet"):
+        typed("export", "mine.csv", "--public", "--format", "csv")
+    with pytest.raises(UsageError, match=r"mine\.csv: .*end it in \.parquet"):
+        typed("export", "mine.csv", "--public")
+    with pytest.raises(UsageError, match="--sql chooses its own rows"):
+        typed("export", "mine.parquet", "--public", "--sql", "SELECT 1")
+
+
+def test_git_keeps_published_results_and_no_others(tmp_path: Path) -> None:
+    """By git itself, with this repository's ignore file."""
+    shutil.copy(Path(__file__).parents[2] / ".gitignore", tmp_path / ".gitignore")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    kept = ["results/README.md", "results/published/a.parquet"]
+    ignored = [
+        "results/.publish-salt",
+        "results/.lock",
+        "results/runs/a.parquet",
+        "results/months/a.parquet",
+        "results/matrix.json",
+        "results/published/.a.parquet.tmp",
+        "results/published/notes.csv",
+    ]
+    for name in (*kept, *ignored):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    listed = subprocess.run(
+        ["git", "ls-files", "--others", "--exclude-standard", "results"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    assert sorted(listed) == kept

@@ -83,6 +83,7 @@ function header(run) {
     ["device", run.device_name], ["class", run.device], ["kind", run.facts.device_kind], ["UUID", run.facts.device_uuid],
     ["capability", run.facts.compute_capability], ["driver", run.driver], ["CUDA", run.facts.cuda_version],
     ["host", run.facts.hostname], ["container", run.facts.container_digest],
+    ["published", run.published ? "host and UUID are hashes" : ""],
   ]);
   facts("stack", [["stack", run.stack.slice(0, 16)], ...(stacks[run.stack] || []).map((entry) => entry.split("==")), ["attnbench", run.facts.harness_version]]);
 }
@@ -130,7 +131,7 @@ async function route() {
   tables();
 }
 
-fillSelect($("run"), runs.map((run, i) => [String(i), `${dateText(run.at)} · ${run.device} · ${shortCommit(run.commit) || "no commit"} ${run.subject}`.slice(0, 110)]).reverse(), String(current));
+fillSelect($("run"), runs.map((run, i) => [String(i), `${dateText(run.at)} · ${run.device}${run.published ? ", published" : ""} · ${shortCommit(run.commit) || "no commit"} ${run.subject}`.slice(0, 110)]).reverse(), String(current));
 $("run").addEventListener("input", (event) => { location.hash = `run=${event.target.value}`; });
 $("condition").addEventListener("input", () => draw("during", during));
 window.addEventListener("hashchange", route);

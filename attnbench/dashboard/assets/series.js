@@ -60,7 +60,7 @@ function levelLabel(level, before) {
 function hover(point) {
   const lines = [
     `${shortCommit(point.commit)} ${point.subject}`.trim().slice(0, 90),
-    `run ${dateText(point.at)} UTC, stack ${point.stack.slice(0, 7)}`,
+    `${runs[point.run].published ? "published " : ""}run ${dateText(point.at)} UTC, stack ${point.stack.slice(0, 7)}`,
     point.status + (point.samples ? `, ${point.samples} samples` : ""),
     ...point.reasons.slice(0, 3),
   ];
@@ -159,7 +159,7 @@ function table() {
     const shown = (seconds) => number(derived(state.quantity, seconds, series.identity));
     const again = point.confirmations.length ? ` | again ${point.confirmations.map(shown).join(" ")}` : "";
     return el("tr", {},
-      el("td", { class: "tag" }, runLink(point.run, dateText(point.at))),
+      el("td", { class: "tag" }, runLink(point.run, dateText(point.at)), runs[point.run].published ? " published" : ""),
       el("td", { class: "commit" }, shortCommit(point.commit)),
       el("td", { class: "subject wide" }, point.subject),
       el("td", { class: "commit wide" }, point.stack.slice(0, 7)),
