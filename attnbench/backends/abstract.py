@@ -138,6 +138,14 @@ class AttentionBackend(ABC):
         """
         return ""
 
+    @classmethod
+    def kernel_patterns(cls, variant: str, device: Device) -> tuple[str, ...]:
+        """What a call of `variant` promises to launch: regular expressions for kernels' demangled
+        names, one of which must be found (`re.search`) in at least one of them; empty: nothing is
+        promised. A call that launched other kernels only is not this variant, however fast.
+        """
+        return ()
+
     # --- KV cache ----------------------------------------------------------------------------
     @staticmethod
     @abstractmethod

@@ -164,6 +164,14 @@ def num_computed_tokens(request: Request, attn_type: AttentionType) -> int:
             return 0
 
 
+def batch_order(requests: Sequence[Request], reorder_batch_threshold: int | None) -> list[int]:
+    """Which request of the workload is which of the batch: short ones first where asked for."""
+    order = list(range(len(requests)))
+    if reorder_batch_threshold is not None:
+        order.sort(key=lambda i: requests[i].query_len > reorder_batch_threshold)
+    return order
+
+
 def make_batch(
     workload: Workload,
     device: torch.device | str = "cpu",
@@ -187,9 +195,7 @@ def make_batch(
         block_size=workload.block_size,
         kv_cache_layout=workload.kv_cache_layout,
     )
-    order = list(range(len(workload.requests)))
-    if reorder_batch_threshold is not None:
-        order.sort(key=lambda i: workload.requests[i].query_len > reorder_batch_threshold)
+    order = batch_order(workload.requests, reorder_batch_threshold)
     requests = tuple(workload.requests[i] for i in order)
     num_shared = workload.common_prefix_len  # whole blocks: `Workload` refuses anything else
     layer = _make_layer(workload, spec, device)

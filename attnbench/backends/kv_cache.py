@@ -140,6 +140,15 @@ def fill_context(
         _write(batch, caches, requests[start : start + size], positions[start : start + size])
 
 
+def fill_fresh_blocks(
+    backend: type[AttentionBackend], spec: KVCacheSpec, kv_cache: torch.Tensor, blocks: torch.Tensor
+) -> None:
+    """Make `blocks` what a block table may lead to before their tokens are written: finite, far
+    outside the data."""
+    for cache in key_value_views(backend, spec, kv_cache):
+        movable(cache)[blocks] = _constant(cache, HIDDEN_POISON)
+
+
 def write_new_tokens(
     batch: AttentionBatch, kv_cache: torch.Tensor, backend: type[AttentionBackend]
 ) -> None:

@@ -42,15 +42,29 @@ def make_queries(
     tokens: BatchTokens,
     w_uk: torch.Tensor,
     generators: Sequence[torch.Generator],
+    noise: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Queries (num_tokens, num_heads, qk_head_dim) for all requests, one generator per request."""
+    """Queries (num_tokens, num_heads, qk_head_dim) for all requests, one generator per request.
+
+    `noise`: what a request's queries are besides needles, (query_len, num_heads, qk_head_dim) of
+    root mean square one, in place of random numbers.
+    """
     device = tokens.device
     total = sum(r.query_len for r in requests)
     query = torch.empty((total, shape.num_heads, shape.qk_head_dim), dtype=dtype, device=device)
     constant_key = _constant_key(shape, w_uk, device)
     std = _noise_std(shape)
     drawn = [
-        _Draws.of(index, request, shape, attn_type, range(first, last), generator, std)
+        _Draws.of(
+            index,
+            request,
+            shape,
+            attn_type,
+            range(first, last),
+            generator,
+            std,
+            noise[index][first:last] if noise is not None else None,
+        )
         for index, (request, generator) in enumerate(zip(requests, generators, strict=True))
         for first in range(0, request.query_len, _CHUNK_TOKENS)
         for last in [min(first + _CHUNK_TOKENS, request.query_len)]
@@ -92,9 +106,12 @@ class _Draws:
         tokens: range,
         generator: torch.Generator,
         std: float,
+        noise: torch.Tensor | None,
     ) -> _Draws:
-        size = (len(tokens), shape.num_heads, shape.qk_head_dim)
-        noise = torch.randn(size, generator=generator) * std
+        if noise is None:
+            size = (len(tokens), shape.num_heads, shape.qk_head_dim)
+            noise = torch.randn(size, generator=generator)
+        noise = noise * std
         own = torch.arange(tokens.start, tokens.stop)
         needles = tuple(_needles(request, shape, attn_type, own, generator))
         boost = needle_boost(_num_seen(request, shape), std)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.metadata import entry_points
 from typing import TypeVar, overload
 
 from attnbench.backends.abstract import AttentionBackend
 from attnbench.backends.device import Device
+from attnbench.backends.family import BackendFamily
 from attnbench.errors import BackendUnavailableError, UnknownBackendError, UsageError
 
 ENTRY_POINT_GROUP = "attnbench.backends"
@@ -33,6 +34,7 @@ class BackendEntry:
     owner: str
     install: str = ""
     selection_only: bool = False
+    is_family: bool = False
 
 
 _HERE = "attnbench.backends"
@@ -45,20 +47,35 @@ _BUILT_IN: dict[str, tuple[str, str]] = {
     "FLEX_ATTENTION": (f"{_HERE}.flex_attention.FlexAttentionBackend", "pip install torch"),
     "CPU_ATTN": (f"{_HERE}.cpu_attn.CPUAttentionBackend", "pip install torch"),
     "FLASH_ATTN": (f"{_HERE}.flash_attn.FlashAttentionBackend", "pip install vllm==0.22.1"),
+    "FLASHINFER": (
+        f"{_HERE}.flashinfer.FlashInferBackend",
+        "pip install flashinfer-python==0.6.11.post2",
+    ),
+    "FLASH_ATTN_MLA": (
+        f"{_HERE}.flash_attn_mla.FlashAttentionMLABackend",
+        "pip install vllm==0.22.1",
+    ),
+    "FLASHMLA": (f"{_HERE}.flashmla.FlashMLABackend", "pip install vllm==0.22.1"),
+    "FLASHINFER_MLA": (
+        f"{_HERE}.flashinfer_mla.FlashInferMLABackend",
+        "pip install flashinfer-python",
+    ),
+    "CUTLASS_MLA": (f"{_HERE}.cutlass_mla.CutlassMLABackend", "pip install vllm==0.22.1"),
     "TRITON_MLA": (f"{_HERE}.triton_mla.TritonMLABackend", "pip install triton"),
     "TORCH_MLA": (f"{_HERE}.torch_mla.TorchMLABackend", "pip install torch"),
+}
+
+#: One name for a library's own backends, each asked for as `NAME:MEMBER` (`BackendFamily`). None of
+#: them is in a sweep or a chain unless it was asked for.
+_FAMILIES: dict[str, tuple[str, str]] = {
+    "VLLM": (f"{_HERE}.vllm_bridge.VllmFamily", "pip install vllm==0.22.1"),
 }
 
 #: Families vLLM's chains name and attnbench cannot run yet: known to the selector only.
 _SELECTION_ONLY: dict[str, str] = {
     "FLASH_ATTN_DIFFKV": "FlashAttentionDiffKV",
-    "FLASHINFER": "FlashInfer",
     "TURBOQUANT": "TurboQuant",
-    "FLASH_ATTN_MLA": "FlashAttentionMLA",
-    "FLASHMLA": "FlashMLA",
-    "FLASHINFER_MLA": "FlashInferMLA",
     "TOKENSPEED_MLA": "TokenspeedMLA",
-    "CUTLASS_MLA": "CutlassMLA",
     "FLASHMLA_SPARSE": "FlashMLASparse",
     "FLASHINFER_MLA_SPARSE": "FlashInferMLASparse",
     "ROCM_ATTN": "RocmAttention",
@@ -79,6 +96,8 @@ def _built_in() -> dict[str, BackendEntry]:
         name: BackendEntry(name, path, "attnbench", install)
         for name, (path, install) in _BUILT_IN.items()
     }
+    for name, (path, install) in _FAMILIES.items():
+        entries[name] = BackendEntry(name, path, "attnbench", install, is_family=True)
     for name, class_name in _SELECTION_ONLY.items():
         path = f"{_DECLARED}.{class_name}"
         entries[name] = BackendEntry(name, path, "attnbench", selection_only=True)
@@ -200,7 +219,24 @@ def backend_names() -> tuple[str, ...]:
 
 def runnable_backend_names() -> tuple[str, ...]:
     """Names of backends attnbench has code for, whether or not their library is here."""
-    return tuple(entry.name for entry in _entries().values() if not entry.selection_only)
+    return tuple(
+        entry.name
+        for entry in _entries().values()
+        if not entry.selection_only and not entry.is_family
+    )
+
+
+def split_request(text: str) -> tuple[str, str]:
+    """`NAME:variant` as (name, variant); "": no variant.
+
+    The name of a family's member has a colon of its own: `VLLM:FLASH_ATTN` is a name.
+    """
+    name, _, rest = text.strip().partition(":")
+    entry = _entries().get(name.upper())
+    if rest and entry is not None and entry.is_family:
+        member, _, rest = rest.partition(":")
+        name = f"{name}:{member}"
+    return name, rest
 
 
 def backend_entry(name: str) -> BackendEntry:
@@ -211,6 +247,9 @@ def backend_entry(name: str) -> BackendEntry:
     entries = _entries()
     if name in entries:
         return entries[name]
+    family, colon, _ = name.partition(":")
+    if colon and family in entries and entries[family].is_family:
+        return replace(entries[family], name=name, is_family=False)
     upper = name.strip().upper().replace("-", "_")
     near = [upper] if upper in entries else difflib.get_close_matches(upper, entries, 1, 0.5)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -229,6 +268,11 @@ def get_backend_class(name: str) -> type[AttentionBackend]:
         BackendUnavailableError: its module or library cannot be imported; says how to install it.
     """
     entry = backend_entry(name)
+    family, colon, member = name.partition(":")
+    if colon:
+        found = get_backend_class(family)
+        assert issubclass(found, BackendFamily)
+        return found.get_member(member)
     module, _, class_name = entry.class_path.rpartition(".")
     mend = entry.install or f"check the class path {entry.class_path}"
     try:

@@ -40,6 +40,14 @@ _VARIANTS = {
     "cuda": ("", "flash", "cudnn", "efficient", "math"),
     "rocm": ("", "flash", "efficient", "math"),
 }
+#: Kernels of torch's CUDA builds, by the names other people's profiles show; not yet seen by us.
+#: ROCm's come from AOTriton, whose names we do not know.
+_KERNEL_PATTERNS = {
+    "flash": (r"\bpytorch_flash::flash_fwd_(splitkv_)?kernel",),
+    "cudnn": (r"^cudnn_.*sdpa",),
+    "efficient": (r"^fmha_cutlassF",),
+    "math": (r"(?i)softmax",),
+}
 
 
 class TorchSDPABackend(PairedCacheBackend):
@@ -67,6 +75,19 @@ class TorchSDPABackend(PairedCacheBackend):
     @classmethod
     def get_variants(cls, device: Device) -> tuple[str, ...]:
         return _VARIANTS.get(device.kind, ("",))
+
+    @classmethod
+    def variant_refusal(cls, variant: str, config: AttentionConfig, device: Device) -> str | None:
+        """What torch says when it is run; masks of single batches are refused only then."""
+        if variant == "flash" and config.v_head_size not in (None, config.head_size):
+            return "torch's flash kernel needs values as wide as keys; ask for TORCH_SDPA:math"
+        if variant == "flash" and config.use_alibi:
+            return "torch's flash kernel takes no bias by head; ask for TORCH_SDPA:math"
+        return None
+
+    @classmethod
+    def kernel_patterns(cls, variant: str, device: Device) -> tuple[str, ...]:
+        return _KERNEL_PATTERNS.get(variant, ()) if device.kind == "cuda" else ()
 
     @classmethod
     def supports_attn_type(cls, attn_type: AttentionType) -> bool:

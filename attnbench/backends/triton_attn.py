@@ -21,12 +21,14 @@ from attnbench.backends.triton_attn_launch import (
     attention_tile_shape,
     write_kv_launch,
 )
+from attnbench.backends.triton_kernels.attention import attention_kernel
 from attnbench.backends.triton_launch import (
     Launch,
     TileGroup,
     TileShape,
     host_lengths,
     is_interpreted,
+    kernel_patterns_of,
     launch_device,
     multiprocessors,
     next_power_of_two,
@@ -165,6 +167,10 @@ class TritonAttentionBackend(PairedCacheBackend):
     @classmethod
     def compilation_key(cls, workload: WorkloadFields, variant: str, device: Device) -> str:
         return triton_compilation_key(workload)
+
+    @classmethod
+    def kernel_patterns(cls, variant: str, device: Device) -> tuple[str, ...]:
+        return kernel_patterns_of(attention_kernel)
 
     @classmethod
     def interpreter_refusal(cls, workload: WorkloadFields) -> str | None:

@@ -58,6 +58,11 @@ def is_interpreted() -> bool:
     return not isinstance(write_kv_kernel, triton.runtime.JITFunction)
 
 
+def kernel_patterns_of(*kernels: Any) -> tuple[str, ...]:
+    """For `AttentionBackend.kernel_patterns`: a compiled kernel has its function's name."""
+    return tuple(rf"^{kernel.__name__}\b" for kernel in kernels)
+
+
 @functools.lru_cache
 def launch_device(device: torch.device) -> Device:
     """The device a launch is tuned for."""

@@ -37,11 +37,14 @@ from attnbench.backends.triton_attn_launch import (
     attention_launches,
     attention_tile_shape,
 )
+from attnbench.backends.triton_kernels.attention import attention_kernel
+from attnbench.backends.triton_kernels.latent import latent_attention_kernel
 from attnbench.backends.triton_launch import (
     Launch,
     TileGroup,
     TileShape,
     host_lengths,
+    kernel_patterns_of,
     launch_device,
     multiprocessors,
     plan_tile_groups,
@@ -141,6 +144,10 @@ class TritonMLABackend(LatentCacheBackend):
     @classmethod
     def compilation_key(cls, workload: WorkloadFields, variant: str, device: Device) -> str:
         return triton_compilation_key(workload)
+
+    @classmethod
+    def kernel_patterns(cls, variant: str, device: Device) -> tuple[str, ...]:
+        return kernel_patterns_of(latent_attention_kernel, attention_kernel)
 
     @classmethod
     def interpreter_refusal(cls, workload: WorkloadFields) -> str | None:

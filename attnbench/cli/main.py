@@ -13,7 +13,7 @@ import typer
 import typer.core
 
 import attnbench
-from attnbench.cli import asv, dashboard, doctor, history, nightly, results, run, selection
+from attnbench.cli import asv, dashboard, doctor, history, nightly, results, run, selection, verify
 from attnbench.errors import AttnBenchError, ExitCode
 
 
@@ -66,6 +66,7 @@ def _root(
 
 app.command()(nightly.nightly)
 app.command()(run.run)
+app.command()(verify.verify)
 app.command()(doctor.doctor)
 app.command()(selection.backends)
 app.command()(selection.explain)

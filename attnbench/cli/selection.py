@@ -65,6 +65,9 @@ def _backend_row(name: str, device: Device, present: bool) -> dict[str, Any]:
         why = f"capabilities of {cls.version} ({cls.where}), nothing to run{libraries}"
         return row | {"status": "selection only", "why": why}
     row["variants"] = ", ".join(variant for variant in cls.get_variants(device) if variant)
+    if entry.is_family and not backend_status(name):
+        why = f"imported only when one is asked for: --backend {name}:NAME"
+        return row | {"status": "on request", "kind": "many", "why": why}
     if not cls.supports_device(device):
         return row | {"status": "other device", "why": f"not for devices of kind {device.kind}"}
     missing = backend_status(name)

@@ -26,7 +26,7 @@ START_TIMEOUT_S = 180.0
 HEALTH_TIMEOUT_S = 60.0
 
 #: Seconds the float64 reference of one point may take: it is ours, not the backend's.
-_TRUTH_TIMEOUT_S = 900.0
+TRUTH_TIMEOUT_S = 900.0
 
 #: What the driver says when nothing in the process will work any more.
 _STICKY = ("CUDA error", "HIP error", "AcceleratorError")
@@ -128,7 +128,7 @@ class WorkerExecutor(_Executor):
     def measure(self, planned: PlannedPoint) -> list[Measurement]:
         worker = self._worker or self._start()
         maker = self._row_maker(planned)  # its clock runs from now
-        limit_s, doing = _TRUTH_TIMEOUT_S, "computing inputs and the reference, not the backend"
+        limit_s, doing = TRUTH_TIMEOUT_S, "computing inputs and the reference, not the backend"
         try:
             worker.send(Task.MEASURE, planned)
             answer: str | list[Measurement] = worker.receive(limit_s, doing)

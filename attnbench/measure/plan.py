@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from attnbench.backends.device import Device
-from attnbench.backends.registry import get_backend_class, runnable_backend_names
+from attnbench.backends.family import BackendFamily
+from attnbench.backends.registry import (
+    get_backend_class,
+    runnable_backend_names,
+    split_request,
+)
 from attnbench.errors import BackendUnavailableError, UsageError
 from attnbench.selection import config_of
 from attnbench.store.record import point_id
@@ -65,9 +70,12 @@ def resolve_backend(text: str, device: Device) -> tuple[str, str | None]:
 
     Raises UnknownBackendError, or UsageError for the variant.
     """
-    name, _, variant = text.partition(":")
+    name, variant = split_request(text)
     name = name.upper()
-    variants = get_backend_class(name).get_variants(device)
+    backend = get_backend_class(name)
+    if issubclass(backend, BackendFamily):
+        raise UsageError(f"--backend {text!r}: {backend.mend()}")
+    variants = backend.get_variants(device)
     if variant and variant not in variants:
         listed = ", ".join(v for v in variants if v) or "none"
         raise UsageError(f"--backend {text!r}: {name} has no variant {variant!r}; it has: {listed}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -106,7 +107,8 @@ def refusals(planned: PlannedPoint, device: Device) -> list[str]:
     reasons = backend.validate_configuration(config, device)
     if not reasons and (refusal := backend.variant_refusal(planned.variant, config, device)):
         reasons.append(refusal)
-    if missing := backend_status(planned.backend, device, planned.variant):
+    missing = backend_status(planned.backend, device, planned.variant)
+    if missing and missing not in reasons:
         reasons.append(missing)
     if is_interpreted(backend, device) and (
         refusal := backend.interpreter_refusal(planned.workload)
@@ -137,12 +139,22 @@ def measure_point(
         # One grad mode from check to timing: torch.compile guards on it and would compile twice.
         with torch.no_grad():
             return list(_measure(planned, context, maker, truth_known))
-    except MemoryError as error:
-        return [maker.row(Status.OOM, reasons=(_one_line(error),))]
     # Whatever a kernel library raises costs this point only; the row keeps the reason.
     except Exception as error:
-        status = Status.OOM if _is_out_of_memory(error) else Status.ERROR
-        return [maker.row(status, reasons=(_one_line(error),))]
+        return [maker.row(failure_status(error), reasons=(_one_line(error),))]
+
+
+def other_kernels(patterns: Sequence[str], row: Measurement) -> str:
+    """Why the kernels of `row` are not those its variant promises, naming both; "": they are, or
+    nothing is promised, or the timer saw no names."""
+    names = row.kernel_names
+    if not names or not patterns or any(re.search(p, name) for p in patterns for name in names):
+        return ""
+    variant = f"{row.backend}:{row.variant}".rstrip(":")
+    return (
+        f"{variant} promises a kernel named like {' or '.join(patterns)}; it launched "
+        f"{', '.join(dict.fromkeys(names))}: a fallback, whose time is not this variant's"
+    )
 
 
 def untimed_reason(backend: type[AttentionBackend], device: Device, timer: Timer) -> str:
@@ -234,6 +246,16 @@ def _measure(
             reasons = (f"after timing: {wrong.reason}",)
             yield maker.row(
                 Status.INCORRECT, reasons=reasons, l2_state=l2_state, **facts(wrong, *checked)
+            )
+            return
+        if other := other_kernels(backend.kernel_patterns(planned.variant, context.device), row):
+            # Right, and not what the row says it is: an ERROR, since no number is wrong.
+            yield maker.row(
+                Status.ERROR,
+                reasons=(other,),
+                l2_state=l2_state,
+                kernel_names=row.kernel_names,
+                **facts(before, *checked),
             )
             return
         held_back = throttle_reasons(conditions_before, conditions_after)
@@ -329,10 +351,15 @@ class _Timed:
         )
 
 
+def failure_status(error: Exception) -> Status:
+    """OOM or ERROR."""
+    return Status.OOM if _is_out_of_memory(error) else Status.ERROR
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     text = str(error)
     return (
-        isinstance(error, torch.OutOfMemoryError)
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
         or "can't allocate memory" in text
         or "out of memory" in text.lower()
     )

@@ -23,6 +23,9 @@ from attnbench.workload import AttentionType
 class PreparedPoint(Protocol):
     """One point, ready: each method is one call of the engine's step for one layer."""
 
+    batch: AttentionBatch
+    kv_cache: torch.Tensor
+
     def build_metadata(self) -> None: ...
     def attend(self) -> None: ...
     def poison(self) -> None:
@@ -43,6 +46,10 @@ class PreparedPoint(Protocol):
 
     def twin(self) -> Self:
         """The same point over its own copy of every tensor a call reads or writes."""
+        ...
+
+    def next_step(self, batch: AttentionBatch) -> Self:
+        """The engine's next step: another batch over the same cache, which gets its new tokens."""
         ...
 
     @property
@@ -131,6 +138,18 @@ class _Prepared:
         twin.build_metadata()
         return twin
 
+    def _make_ready(self) -> None:
+        """What depends on the batch, beside its metadata: outputs, and new tokens in the cache."""
+        raise NotImplementedError
+
+    def next_step(self, batch: AttentionBatch) -> Self:
+        step = copy.copy(self)
+        step.batch = batch
+        step.common_prefix_len = step._cascade_prefix_len()
+        step.build_metadata()
+        step._make_ready()
+        return step
+
     @property
     def twin_bytes(self) -> int:
         batch, layer = self.batch, self.batch.layer
@@ -143,10 +162,13 @@ class _PreparedAttention(_Prepared):
         self, planned: PlannedPoint, batch: AttentionBatch, backend: type[AttentionBackend]
     ) -> None:
         super().__init__(planned, batch, backend)
-        shape = planned.workload.shape
+        self._make_ready()
+
+    def _make_ready(self) -> None:
+        shape, query = self.workload.shape, self.batch.query
         self.out = torch.empty(
-            (batch.query.shape[0], shape.num_heads, shape.v_head_size),
-            dtype=batch.query.dtype,
+            (query.shape[0], shape.num_heads, shape.v_head_size),
+            dtype=query.dtype,
             device=self.device,
         )
         if self.writes_cache:
@@ -205,7 +227,10 @@ class _PreparedMLA(_Prepared):
         self, planned: PlannedPoint, batch: AttentionBatch, backend: type[AttentionBackend]
     ) -> None:
         super().__init__(planned, batch, backend)
-        shape = planned.workload.shape
+        self._make_ready()
+
+    def _make_ready(self) -> None:
+        shape, batch = self.workload.shape, self.batch
         new = partial(torch.empty, dtype=batch.query.dtype, device=self.device)
         self.num_decode_tokens: int = self.metadata.num_decode_tokens
         decode_query = batch.query[: self.num_decode_tokens]

@@ -31,6 +31,7 @@ from attnbench.store.record import Status
 
 if TYPE_CHECKING:
     from attnbench.measure.point import PointContext
+    from attnbench.measure.verify_worker import VerifyTask
 
 #: A worker's first answer to a point that is not refused.
 TRUTH_KNOWN = "truth known"
@@ -69,6 +70,7 @@ class Task(StrEnum):
 
     MEASURE = "measure"  # a point; answers TRUTH_KNOWN unless it is refused, then its rows
     COMPILE = "compile"  # a point; answers seconds, or why it does not compile
+    VERIFY = "verify"  # a VerifyTask; answers TRUTH_KNOWN, HAS_RUN, and how it did
     HEALTH = "health"  # answers "" or what is wrong with the device
 
 
@@ -105,11 +107,11 @@ class WorkerProcess:
             theirs.close()
         self._death = _watch(self._process)
 
-    def send(self, task: Task, planned: PlannedPoint | None = None) -> None:
+    def send(self, task: Task, work: PlannedPoint | VerifyTask | None = None) -> None:
         """Give it a task. Raises WorkerLostError."""
         self._oom_kills = oom_kills()
         try:
-            self._connection.send((task, planned))
+            self._connection.send((task, work))
         except OSError:
             raise self._lost() from None
 
@@ -201,13 +203,13 @@ def serve(connection: Connection, setup: WorkerSetup) -> None:
     connection.send("")
     with contextlib.suppress(EOFError, OSError):
         while True:
-            task, planned = connection.recv()
-            connection.send(_do(task, planned, context, connection, setup))
+            task, work = connection.recv()
+            connection.send(_do(task, work, context, connection, setup))
 
 
 def _do(
     task: Task,
-    planned: PlannedPoint | None,
+    work: Any,
     context: PointContext,
     connection: Connection,
     setup: WorkerSetup,
@@ -218,20 +220,23 @@ def _do(
         except Exception as error:
             return describe(error)
         return ""
-    assert planned is not None
+    if task is Task.VERIFY:
+        from attnbench.measure.verify_worker import verify_point
+
+        return verify_point(work, context, connection.send)
     if task is Task.COMPILE:
         from attnbench.measure.compile_ahead import compile_point
 
         started = time.perf_counter()
         try:
-            compile_point(planned, context.device)
+            compile_point(work, context.device)
         # The point itself will fail the same way, and its row will say so.
         except Exception as error:
             return describe(error)
         return time.perf_counter() - started
     from attnbench.measure.point import measure_point
 
-    return measure_point(planned, context, lambda: connection.send(TRUTH_KNOWN))
+    return measure_point(work, context, lambda: connection.send(TRUTH_KNOWN))
 
 
 def describe(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from attnbench.backends.registry import backend_entry
+from attnbench.backends.registry import backend_entry, split_request
 from attnbench.errors import UnknownBackendError
 
 ENVIRONMENT_VARIABLE = "ATTNBENCH_ATTENTION_BACKEND"
@@ -40,7 +40,7 @@ def find_request(
     for value, origin in written:
         if value is None or not value.strip():
             continue
-        name, colon, variant = value.strip().partition(":")
+        name, variant = split_request(value)
         name = name.upper()
         if name == "AUTO":
             return BackendRequest("", origin, warnings)
@@ -48,7 +48,7 @@ def find_request(
             backend_entry(name)
         except UnknownBackendError as error:
             raise UnknownBackendError(f"{origin}: {error}") from None
-        return BackendRequest(f"{name}{colon}{variant}", origin, warnings)
+        return BackendRequest(f"{name}:{variant}" if variant else name, origin, warnings)
     return BackendRequest("", "", warnings)
 
 

@@ -16,6 +16,7 @@ from attnbench.backends.registry import (
     generation,
     get_backend_class,
     runnable_backend_names,
+    split_request,
 )
 from attnbench.errors import BackendUnavailableError, SelectionError
 from attnbench.selection.platform import Platform, platform_of
@@ -113,7 +114,7 @@ def _consider(
 ) -> Selection:
     present = platform.is_present(device)
     chain = platform.get_backend_priorities(config, device)
-    name, _, variant = (requested or "").partition(":")
+    name, variant = split_request(requested or "")
     if name:
         backend_entry(name)  # raises for a name nobody registered
         looked_at = [_candidate(name, Source.EXPLICIT, 0, config, device, present, variant)]
@@ -171,7 +172,7 @@ def _candidate(
         # Whether it can run there is no question for a device the family does not exist for.
         where = device if cls.supports_device(device) else None
         status = backend_status(name, where, variant)
-        reasons += [status] if status else []
+        reasons += [status] if status and status not in reasons else []
     return Candidate(name, source, priority, tuple(reasons), _note(name, cls, config, device))
 
 

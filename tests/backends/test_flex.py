@@ -171,6 +171,6 @@ def test_says_which_compiler_is_missing(monkeypatch: pytest.MonkeyPatch) -> None
     status = backend_status.__wrapped__  # its answer is kept for the life of the process
     reason = status("FLEX_ATTENTION", Device("cpu"))
     assert reason is not None
-    assert "'no-such-compiler' is not found; install one (apt-get install g++)" in reason
+    assert "'no-such-compiler' does not work; install one (apt-get install g++)" in reason
     # Its other users generate code for their GPU, not C++.
     assert status("FLEX_ATTENTION", Device("cuda", "sm90")) is None

@@ -32,6 +32,11 @@ RUNNABLE = (
     "FLEX_ATTENTION",
     "CPU_ATTN",
     "FLASH_ATTN",
+    "FLASHINFER",
+    "FLASH_ATTN_MLA",
+    "FLASHMLA",
+    "FLASHINFER_MLA",
+    "CUTLASS_MLA",
     "TRITON_MLA",
     "TORCH_MLA",
 )

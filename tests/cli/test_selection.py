@@ -31,8 +31,8 @@ def test_backends_says_who_runs_here_and_who_cannot(capsys: pytest.CaptureFixtur
     assert code == 0
     assert rows["TORCH_SDPA"]["status"] == "available"
     assert rows["TRITON_ATTN"]["status"] == "interpreted"
-    assert rows["FLASHMLA"]["status"] == "selection only"
-    assert "nothing to run" in rows["FLASHMLA"]["why"]
+    assert rows["TOKENSPEED_MLA"]["status"] == "selection only"
+    assert "nothing to run" in rows["TOKENSPEED_MLA"]["why"]
     assert rows["FLASHINFER_MLA_SPARSE"]["kind"] == "sparse MLA"
 
 

@@ -121,7 +121,7 @@ class TestChain:
         assert selection.source is Source.FALLBACK
         fallbacks = [c.name for c in selection.candidates if c.source is Source.FALLBACK]
         assert "TORCH_SDPA" in fallbacks
-        assert "FLASHINFER" not in fallbacks
+        assert "TURBOQUANT" not in fallbacks
         assert set(fallbacks).isdisjoint(ToyPlatform.chain)
 
     def test_nothing_accepts_names_every_candidate_with_every_reason(self) -> None:
@@ -225,7 +225,7 @@ def test_a_declared_family_can_be_asked_for_on_a_named_device_only() -> None:
         use_mla=True, head_size=576, v_head_size=128, qk_nope_head_dim=128, qk_rope_head_dim=64
     )
     assert select(mla, SM90, "FLASHMLA").backend == "FLASHMLA"
-    reasons = consider(PLAIN, resolve_device("cpu"), "FLASHINFER").candidates[0].reasons
+    reasons = consider(PLAIN, resolve_device("cpu"), "TURBOQUANT").candidates[0].reasons
     assert "device cpu not supported" in reasons
     assert any(reason.startswith("selection only: ") for reason in reasons)
 
@@ -256,7 +256,7 @@ def test_a_present_gpu_skips_what_this_process_cannot_run(monkeypatch: pytest.Mo
     assert set(refused) == {"FLASH_ATTN", "FLASHINFER"}
     assert [len(reasons) for reasons in refused.values()] == [1, 1]
     assert "installed" in refused["FLASH_ATTN"][0]
-    assert refused["FLASHINFER"][0].startswith("selection only: ")
+    assert "flashinfer is not installed; pip install" in refused["FLASHINFER"][0]
 
 
 def test_selection_has_no_side_effect(tmp_path: Path) -> None:

@@ -241,10 +241,10 @@ def test_a_twin_computes_the_same_and_shares_nothing(workload: Workload, backend
         right = point.output().clone()
         twin = point.twin()
         point.poison()
-        point.kv_cache.fill_(float("nan"))  # type: ignore[attr-defined]
-        point.batch.query.fill_(float("nan"))  # type: ignore[attr-defined]
-        point.batch.metadata.block_table_tensor.zero_()  # type: ignore[attr-defined]
-        for tensor in vars(point.batch.layer).values():  # type: ignore[attr-defined]
+        point.kv_cache.fill_(float("nan"))
+        point.batch.query.fill_(float("nan"))
+        point.batch.metadata.block_table_tensor.zero_()
+        for tensor in vars(point.batch.layer).values():
             if isinstance(tensor, torch.Tensor):
                 tensor.fill_(float("nan"))
         twin.poison()

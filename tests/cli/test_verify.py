@@ -1,0 +1,94 @@
+"""`attnbench verify` as a user types it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Attnbench
+from tests.measure.conftest import installed
+from tests.measure.verify_backends import NAMES
+
+SPEC = ("3q1s40_q5s17", "heads=4/2", "head_size=32", "dtype=fp32")
+SOURCE = Path(__file__).parent.parent / "measure" / "verify_backends.py"
+
+
+@pytest.fixture
+def suspects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    source = SOURCE.read_text(encoding="utf-8")
+    yield from installed("suspects", source, NAMES, tmp_path / "site", monkeypatch)
+
+
+def test_right_backends_exit_0_and_say_that_they_differ_by_rounding(
+    attnbench: Attnbench, project: Path
+) -> None:
+    done = attnbench(
+        "verify", *SPEC, "--backend", "CPU_ATTN", "--backend", "TORCH_SDPA:math", "--steps", "2",
+        "--format", "json", "--report", "found.md",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [(row["backend"], row["against"], row["difference"]) for row in rows] == [
+        ("CPU_ATTN", "reference", "rounding"),
+        ("TORCH_SDPA:math", "reference", "rounding"),
+        ("CPU_ATTN", "TORCH_SDPA:math", "rounding"),
+    ]
+    for row in rows[:2]:
+        assert 0 < row["call_error"] <= row["tolerance"]
+        assert 0 < row["step_error"] <= row["tolerance"]
+    assert "2 run; all differences are rounding" in done.stderr
+    # Asked for, so it is written though nothing is wrong.
+    assert (project / "found.md").read_text(encoding="utf-8").startswith("# No backend is wrong")
+    assert not list(project.glob("attnbench-verify-*"))
+
+
+@pytest.mark.usefixtures("suspects")
+def test_a_wrong_backend_exits_4_with_a_report_whose_command_shows_it_again(
+    attnbench: Attnbench, project: Path
+) -> None:
+    done = attnbench(
+        "verify", *SPEC, "--backend", "SPOILING", "--backend", "CPU_ATTN", "--backend",
+        "TRITON_MLA", "--steps", "2", "--format", "csv",
+    )  # fmt: skip
+    assert done.returncode == 4, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("backend,against,status,difference")
+    assert lines[1].startswith("SPOILING,reference,INCORRECT,bug")
+    assert lines[2].startswith("CPU_ATTN,reference,OK,rounding")
+    assert lines[3].startswith("TRITON_MLA,reference,UNSUPPORTED,")
+    assert "non-MLA not supported" in lines[3]
+    assert "2 run, 1 refused; wrong: SPOILING (INCORRECT)" in done.stderr
+    (report,) = project.glob("attnbench-verify-*.md")
+    text = report.read_text(encoding="utf-8")
+    # Three tokens of two heads: what the backend spoils, and nothing more.
+    command = next(line for line in text.splitlines() if line.startswith("attnbench verify"))
+    assert command == (
+        "attnbench verify 'q3 dtype=fp32 head_size=32 heads=2/1' --backend SPOILING --steps 0"
+    )
+    again = attnbench(
+        "verify", "q3 dtype=fp32 head_size=32 heads=2/1", "--backend", "SPOILING", "--steps", "0",
+        "--report", "again.md",
+    )  # fmt: skip
+    assert again.returncode == 4, again.stderr
+    assert "nothing smaller fails" in (project / "again.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("verify", "3q1s40", "--steps", "-1"), "--steps -1"),
+        (("verify", "3q1s40", "--backend", "CPU_ATN"), "did you mean CPU_ATTN"),
+        (("verify", "3x1s40"), "3x1s40"),
+        (("verify", "3q1s40", "--backend", "TRITON_MLA"), "TRITON_MLA refuses '3q1s40'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    words: tuple[str, ...], says: str, attnbench: Attnbench
+) -> None:
+    done = attnbench(*words)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
