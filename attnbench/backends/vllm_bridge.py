@@ -32,6 +32,9 @@ from attnbench.workload.types import AttentionType
 
 _KINDS = ("cuda", "rocm", "cpu", "xpu")
 
+#: Kernels that are the backend's own in every recorded version; others pick among libraries.
+_KERNELS = {"TRITON_ATTN": ("kernel_unified_attention", "_fwd_kernel")}
+
 
 class _Theirs:
     """A class attribute that is answered by vLLM's class, when it is asked for."""
@@ -101,6 +104,10 @@ class VllmBackend(AttentionBackend):
                 f"{kind or 'no device'} here, not {device.kind}; install vLLM for {device.kind}"
             )
         return None
+
+    @classmethod
+    def kernel_patterns(cls, variant: str, device: Device) -> tuple[str, ...]:
+        return _KERNELS.get(cls.vllm_name, ())
 
     @classmethod
     def get_required_kv_cache_layout(cls) -> str | None:
