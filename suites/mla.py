@@ -24,6 +24,8 @@ SUITE = Suite(
         "q128 shape=deepseek-v2-lite",
         "q64s256 shape=deepseek-v2-lite",
         "q64_4q1s512 shape=deepseek-v2-lite",
+        "2q1s1k shape=deepseek-v2-lite topk=128:random",
+        "q16s1k_2q1s1k kv=fp8_ds_mla shape=deepseek-v2-lite topk=128:random",
         # Small enough for Triton's interpreter: checked on a CPU, timed on a GPU.
         "2q1s100 dtype=fp16 heads=4/1 mla=64+16:32+32",
     ],
@@ -41,6 +43,13 @@ SUITE = Suite(
         "q{1k,4k} shape={deepseek-v2-lite,kimi-k2}",
         "q2k_{16,64}q1s4k shape=deepseek-v3 tp=8",
         "64q1s4k lengths={geometric,uniform:0.5} shape=deepseek-v3 tp=8",
+        # Sparse: FlashMLA wants blocks of 64.
+        "{1,8,64}q1s{4k,32k} block=64 shape=deepseek-v3.2 topk=2048:random",
+        "{1,8,64}q1s{4k,32k} block=64 kv=fp8_ds_mla shape=deepseek-v3.2 topk=2048:random tp={1,8}",
+        "64q1s32k block=64 kv=fp8_ds_mla shape=deepseek-v3.2 topk=2048:{prefix,window}",
+        "{8,64}q{2,4}s8k block=64 kv=fp8_ds_mla shape=deepseek-v3.2 topk=2048:random",
+        "{q2k,q2ks16k} block=64 shape=deepseek-v3.2 topk=2048:random",
+        "q2k_64q1s8k block=64 kv=fp8_ds_mla shape=deepseek-v3.2 topk=2048:random",
     ],
 )
 

@@ -14,7 +14,7 @@ What a request's K and V are, per attention type (`Request(query_len, seq_len)`)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnbench.backends.builder import KVCacheSpec
+from attnbench.backends.ds_mla import DS_MLA, TileRounding
 from attnbench.backends.dtypes import is_fp8, torch_dtype
 from attnbench.backends.metadata import CommonAttentionMetadata
 from attnbench.backends.paging import BlockTable, shuffled_block_table
 from attnbench.backends.queries import make_queries
 from attnbench.backends.token_pool import BatchTokens, Rounding, TokenPool, seeded_generator
+from attnbench.backends.topk import draw_topk_indices
 from attnbench.workload.types import AttentionShape, AttentionType, Request
 
 if TYPE_CHECKING:
@@ -106,6 +108,11 @@ class AttentionBatch:
     def k_pe(self) -> torch.Tensor:
         """MLA: the new rotary keys, (num_tokens, 1, qk_rope_head_dim)."""
         return self.value
+
+    @property
+    def topk_indices(self) -> torch.Tensor | None:
+        """(num_tokens, topk_tokens) int32 positions that sparse queries attend to; None: dense."""
+        return self.metadata.topk_indices_buffer
 
     def query_range(self, request: int) -> tuple[int, int]:
         """First and one past the last query token of a request."""
@@ -201,6 +208,7 @@ def make_batch(
     layer = _make_layer(workload, spec, device)
     tokens = _make_tokens(workload, spec, layer, order, num_shared, device)
     alibi_slopes = get_alibi_slopes(shape.num_heads).to(device) if shape.use_alibi else None
+    topk_indices = topk_indices_of(workload, requests, [(str(i),) for i in order])
     query = make_queries(
         requests,
         shape,
@@ -209,8 +217,11 @@ def make_batch(
         tokens,
         layer.W_UK,
         [seeded_generator(workload.id, "query", str(i)) for i in order],
+        topk_indices=topk_indices,
     )
     metadata, num_blocks = _make_metadata(workload, requests, num_shared, device)
+    if topk_indices is not None:
+        metadata = metadata.replace(topk_indices_buffer=topk_indices.to(device))
     new_ids = tokens.ids(
         *flat_positions([(num_computed_tokens(r, attn_type), r.seq_len) for r in requests], device)
     )
@@ -300,8 +311,7 @@ def _make_tokens(
     num_shared: int,
     device: torch.device,
 ) -> BatchTokens:
-    shape, cache_dtype = spec.shape, torch_dtype(spec.kv_cache_dtype)
-
+    shape = spec.shape
     first_own_id, next_id = [], num_shared
     for r in workload.requests:
         first_own_id.append(next_id)
@@ -314,18 +324,10 @@ def _make_tokens(
             (shape.num_kv_heads, shape.head_size),
             (shape.num_kv_heads, shape.v_head_size),
         )
+    parts = zip(("key", "value"), features, roundings(spec, layer), strict=True)
     pools = [
-        TokenPool(
-            name,
-            next_id,
-            f,
-            seeded_generator(workload.id, name),
-            Rounding(cache_dtype, spec.dtype, scale),
-            device,
-        )
-        for name, f, scale in zip(
-            ("key", "value"), features, (layer._k_scale_float, layer._v_scale_float), strict=True
-        )
+        TokenPool(name, next_id, f, seeded_generator(workload.id, name), round_to, device)
+        for name, f, round_to in parts
     ]
     return BatchTokens(
         key_pool=pools[0],
@@ -334,6 +336,29 @@ def _make_tokens(
         device=device,
         first_own_id=torch.tensor([first_own_id[i] for i in order], device=device),
     )
+
+
+def roundings(
+    spec: KVCacheSpec, layer: BatchLayer
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """How keys and values (MLA: latents and rotary keys) become what the cache holds exactly."""
+    if spec.kv_cache_dtype == DS_MLA:
+        return TileRounding(spec.dtype), Rounding(torch.bfloat16, spec.dtype, 1.0)
+    cache_dtype = torch_dtype(spec.kv_cache_dtype)
+    return (
+        Rounding(cache_dtype, spec.dtype, layer._k_scale_float),
+        Rounding(cache_dtype, spec.dtype, layer._v_scale_float),
+    )
+
+
+def topk_indices_of(
+    workload: Workload, requests: Sequence[Request], seeds: Sequence[Sequence[str]]
+) -> torch.Tensor | None:
+    """`draw_topk_indices` for `workload`, None when it is dense; `seeds`: of each request."""
+    if not workload.is_sparse:
+        return None
+    generators = [seeded_generator(workload.id, "topk", *seed) for seed in seeds]
+    return draw_topk_indices(requests, workload.topk_tokens, workload.topk_pattern, generators)
 
 
 def _make_sinks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnbench.backends.abstract import AttentionBackend
+from attnbench.backends.ds_mla import DS_MLA, ROW_BYTES
 
 
 class PairedCacheBackend(AttentionBackend):
@@ -30,7 +31,8 @@ class PairedCacheBackend(AttentionBackend):
 
 
 class LatentCacheBackend(AttentionBackend):
-    """MLA: one latent a token, `(num_blocks, block_size, kv_lora_rank + qk_rope_head_dim)`.
+    """MLA: one latent a token, `(num_blocks, block_size, kv_lora_rank + qk_rope_head_dim)`;
+    bytes in place of numbers where the cache is `fp8_ds_mla`.
 
     It has one head: both layouts are the same memory.
     """
@@ -47,6 +49,8 @@ class LatentCacheBackend(AttentionBackend):
         head_size: int,
         cache_dtype_str: str = "auto",
     ) -> tuple[int, ...]:
+        if cache_dtype_str == DS_MLA:
+            return (num_blocks, block_size, ROW_BYTES)
         return (num_blocks, block_size, head_size)
 
     @staticmethod

@@ -26,12 +26,11 @@ from functools import lru_cache
 
 import torch
 
-from attnbench.backends.batch import AttentionBatch
-from attnbench.backends.dtypes import torch_dtype
+from attnbench.backends.batch import AttentionBatch, roundings, topk_indices_of
 from attnbench.backends.metadata import CommonAttentionMetadata
 from attnbench.backends.paging import NULL_BLOCK
 from attnbench.backends.queries import make_queries
-from attnbench.backends.token_pool import BatchTokens, Rounding, TokenPool, seeded_generator
+from attnbench.backends.token_pool import BatchTokens, TokenPool, seeded_generator
 from attnbench.errors import WorkloadError
 from attnbench.workload.types import AttentionType, Request
 
@@ -131,29 +130,28 @@ class DecodeSteps:
                 (shape.num_kv_heads, shape.head_size),
                 (shape.num_kv_heads, shape.v_head_size),
             )
-        dtype, cache_dtype = batch.spec.dtype, torch_dtype(batch.spec.kv_cache_dtype)
         block = shape.v_head_size
         new = [
-            Rounding(cache_dtype, dtype, scale)(
-                project(x, part, math.prod(size), block).view(-1, *size)
-            )
-            for part, size, scale in zip(
-                ("key", "value"),
-                features,
-                (layer._k_scale_float, layer._v_scale_float),
-                strict=True,
+            round_to(project(x, part, math.prod(size), block).view(-1, *size))
+            for part, size, round_to in zip(
+                ("key", "value"), features, roundings(batch.spec, layer), strict=True
             )
         ]
         self._fed_keys.append(new[0])
         self._fed_values.append(new[1])
         requests = tuple(Request(1, int(n) + step) for n in self._seq_lens)
         tokens = self._tokens()
+        topk_indices = topk_indices_of(
+            batch.workload,
+            requests,
+            [("step", str(step), str(int(first))) for first in tokens.first_own_id],
+        )
         rows = project(x, "query", shape.num_heads * shape.qk_head_dim, block)
         query = make_queries(
             requests,
             shape,
             batch.attn_type,
-            dtype,
+            batch.spec.dtype,
             tokens,
             layer.W_UK,
             [
@@ -161,14 +159,18 @@ class DecodeSteps:
                 for first in tokens.first_own_id
             ],
             list(rows.view(-1, 1, shape.num_heads, shape.qk_head_dim)),
+            topk_indices,
         )
+        metadata = self._metadata(step)
+        if topk_indices is not None:
+            metadata = metadata.replace(topk_indices_buffer=topk_indices.to(batch.device))
         self._latest = replace(
             self.first,
             requests=requests,
             query=query,
             key=new[0],
             value=new[1],
-            metadata=self._metadata(step),
+            metadata=metadata,
             tokens=tokens,
         )
         return self._latest

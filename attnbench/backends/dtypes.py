@@ -16,6 +16,8 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "bf16": torch.bfloat16,
         "fp8_e4m3": torch.float8_e4m3fn,
         "fp8_e5m2": torch.float8_e5m2,
+        # Bytes of mixed meaning: see `ds_mla.py`.
+        "fp8_ds_mla": torch.uint8,
     }
 )
 
@@ -31,7 +33,7 @@ FLOAT_AND_FP8_CACHES: tuple[str, ...] = (
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of `fp32`, `fp16`, `bf16`, `fp8_e4m3` or `fp8_e5m2`.
+    """The torch dtype of a name in `TORCH_DTYPES`.
 
     Raises:
         WorkloadError: another name.

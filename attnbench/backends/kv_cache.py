@@ -18,6 +18,7 @@ What a slot holds before a backend writes to it:
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,14 @@ import torch
 from attnbench.backends.abstract import AttentionBackend
 from attnbench.backends.batch import AttentionBatch, flat_positions
 from attnbench.backends.builder import KVCacheSpec
+from attnbench.backends.ds_mla import (
+    DS_MLA,
+    LATENT,
+    ROPE,
+    ROW_BYTES,
+    dequantize_rows,
+    quantize_rows,
+)
 from attnbench.backends.dtypes import movable, torch_dtype
 from attnbench.backends.paging import NULL_BLOCK
 from attnbench.errors import WorkloadError
@@ -112,6 +121,17 @@ def key_value_views(
     return both[0][..., : shape.head_size], both[1][..., : shape.v_head_size]
 
 
+def stored_planes(
+    backend: type[AttentionBackend], spec: KVCacheSpec, kv_cache: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """What a token's row is written to: `key_value_views`, or the one plane (num_blocks,
+    block_size, 656) of an `fp8_ds_mla` cache, whose row has parts of three types."""
+    if spec.kv_cache_dtype != DS_MLA:
+        return key_value_views(backend, spec, kv_cache)
+    axes = _axes(backend, spec)
+    return (kv_cache.permute(axes.block, axes.slot, axes.size),)
+
+
 def fill_context(
     batch: AttentionBatch, kv_cache: torch.Tensor, backend: type[AttentionBackend]
 ) -> None:
@@ -120,7 +140,7 @@ def fill_context(
     Written through the logical view, not through the backend's own code.
     """
     movable(kv_cache).copy_(_constant(kv_cache, float("nan")))
-    caches = key_value_views(backend, batch.spec, kv_cache)
+    caches = stored_planes(backend, batch.spec, kv_cache)
     for cache in caches:
         movable(cache)[NULL_BLOCK] = _constant(cache, HIDDEN_POISON)
     if batch.attn_type in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
@@ -145,7 +165,7 @@ def fill_fresh_blocks(
 ) -> None:
     """Make `blocks` what a block table may lead to before their tokens are written: finite, far
     outside the data."""
-    for cache in key_value_views(backend, spec, kv_cache):
+    for cache in stored_planes(backend, spec, kv_cache):
         movable(cache)[blocks] = _constant(cache, HIDDEN_POISON)
 
 
@@ -153,10 +173,10 @@ def write_new_tokens(
     batch: AttentionBatch, kv_cache: torch.Tensor, backend: type[AttentionBackend]
 ) -> None:
     """What a right `do_kv_cache_update` does, for caches that no backend writes to (tests)."""
-    key_cache, value_cache = key_value_views(backend, batch.spec, kv_cache)
     slots = batch.metadata.slot_mapping
-    write_slots(key_cache, batch.key, slots, batch.layer._k_scale_float)
-    write_slots(value_cache, batch.value, slots, batch.layer._v_scale_float)
+    keep = slots >= 0
+    planes = stored_planes(backend, batch.spec, kv_cache)
+    _store_tokens(batch, planes, batch.key[keep], batch.value[keep], slots[keep])
 
 
 def write_slots(
@@ -192,14 +212,41 @@ def request_slots(
 
 def _write(
     batch: AttentionBatch,
-    caches: tuple[torch.Tensor, torch.Tensor],
+    caches: tuple[torch.Tensor, ...],
     requests: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
     slots = request_slots(batch, requests, positions)
     ids = batch.tokens.ids(requests, positions)
-    _store(caches[0], batch.tokens.key_pool.take(ids), slots, batch.layer._k_scale_float)
-    _store(caches[1], batch.tokens.value_pool.take(ids), slots, batch.layer._v_scale_float)
+    key, value = batch.tokens.key_pool.take(ids), batch.tokens.value_pool.take(ids)
+    _store_tokens(batch, caches, key, value, slots)
+
+
+def _store_tokens(
+    batch: AttentionBatch,
+    planes: tuple[torch.Tensor, ...],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """Store K and V (MLA: latents and rotary keys) of tokens in their slots."""
+    if batch.spec.kv_cache_dtype == DS_MLA:
+        _store(planes[0], quantize_rows(key, value.flatten(1)), slots, 1.0)
+        return
+    _store(planes[0], key, slots, batch.layer._k_scale_float)
+    _store(planes[1], value, slots, batch.layer._v_scale_float)
+
+
+def read_tokens(
+    batch: AttentionBatch, planes: tuple[torch.Tensor, ...], slots: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V (MLA: latents and rotary keys) in slots of `stored_planes`, real values, float64."""
+    if batch.spec.kv_cache_dtype == DS_MLA:
+        block, offset = _split(slots, planes[0].shape[1])
+        both = dequantize_rows(planes[0][block, offset], torch.float64)
+        return both[..., : batch.shape.kv_lora_rank], both[..., None, batch.shape.kv_lora_rank :]
+    scales = batch.layer._k_scale_float, batch.layer._v_scale_float
+    return read_slots(planes[0], slots, scales[0]), read_slots(planes[1], slots, scales[1])
 
 
 def _split(slots: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,6 +255,12 @@ def _split(slots: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Te
 
 def _constant(cache: torch.Tensor, value: float) -> torch.Tensor:
     """`value` as the cache stores it, in a form that can be copied on every device."""
+    if cache.dtype is torch.uint8:
+        if math.isnan(value):
+            return torch.full((1,), 0xFF, dtype=torch.uint8, device=cache.device)  # in all parts
+        return quantize_rows(torch.full((1, LATENT), value), torch.full((1, ROPE), value)).to(
+            cache.device
+        )
     return movable(torch.tensor([value]).to(cache.dtype)).to(cache.device)
 
 
@@ -229,6 +282,8 @@ def _axes(backend: type[AttentionBackend], spec: KVCacheSpec) -> _Axes:
     block = changed(shape(7, spec.block_size, heads, size))
     slot = changed(shape(5, 2 * spec.block_size, heads, size))
     width = changed(shape(5, spec.block_size, heads, 2 * size))
+    if spec.kv_cache_dtype == DS_MLA and base[-1] == ROW_BYTES:
+        width = len(base) - 1  # the same for every head size
     if spec.shape.is_mla:
         if len(base) == 3 and {block, slot, width} == {0, 1, 2}:
             return _Axes(None, block, slot, None, width)

@@ -10,9 +10,10 @@ import torch
 
 from attnbench.backends.abstract import AttentionBackend
 from attnbench.backends.batch import AttentionBatch
-from attnbench.backends.kv_cache import key_value_views, read_slots, request_slots
+from attnbench.backends.kv_cache import read_tokens, request_slots, stored_planes
 from attnbench.backends.merge import PartialState, merge_all
 from attnbench.backends.reference import ReferenceResult, masked_logits, query_positions
+from attnbench.backends.topk import selected_keys
 from attnbench.workload.types import AttentionType
 
 
@@ -27,7 +28,7 @@ def paged_attention(
     if batch.attn_type in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
         raise ValueError(f"{batch.attn_type} attention has no cache; use reference_attention")
     shape, layer = batch.shape, batch.layer
-    caches = key_value_views(backend, batch.spec, kv_cache)
+    planes = stored_planes(backend, batch.spec, kv_cache)
     outputs, lses = [], []
     for request, (start, end) in enumerate(map(batch.query_range, range(len(batch.requests)))):
         query = batch.query[start:end].double()
@@ -38,8 +39,7 @@ def paged_attention(
         for first in range(0, seq_len, batch.spec.block_size):
             last = min(first + batch.spec.block_size, seq_len)
             slots = request_slots(batch, request, torch.arange(first, last, device=batch.device))
-            key = read_slots(caches[0], slots, layer._k_scale_float)
-            value = read_slots(caches[1], slots, layer._v_scale_float)
+            key, value = read_tokens(batch, planes, slots)
             if shape.is_mla:
                 key, value = torch.cat([key, value[:, 0]], dim=-1)[:, None], key[:, None]
             blocks.append(block_state(batch, request, query, key, value, first))
@@ -78,11 +78,17 @@ def block_state(
     query (query_len, num_heads, size), key (keys, num_kv_heads, size), value likewise; float64.
     """
     positions = query_positions(batch, request)
+    selected = None
+    if batch.topk_indices is not None:
+        rows = slice(*batch.query_range(request))
+        selected = selected_keys(batch.topk_indices[rows], first_key, len(key))
     group = query.shape[1] // key.shape[1]
     parts = []
     for kv_head in range(key.shape[1]):
         heads = slice(kv_head * group, (kv_head + 1) * group)
-        logits = masked_logits(batch, query[:, heads], key[:, kv_head], positions, first_key, heads)
+        logits = masked_logits(
+            batch, query[:, heads], key[:, kv_head], positions, first_key, heads, selected
+        )
         parts.append(PartialState.from_logits(logits, value[:, kv_head]))
     return PartialState(
         *(

@@ -11,6 +11,8 @@ The needles sit where masks go wrong:
 
 - decoder: the query's own position, the next one (must not be seen), one random earlier position
   per token and head, and, with a sliding window, the oldest position inside and the first outside;
+- sparse: also the first, the last and a random one of the positions the query attends to; the
+  random earlier one is, mostly, none of them and must not be seen;
 - encoder, encoder_only, encoder_decoder: the first, the last and a random position; with a window
   the last position inside and the first outside, both ways.
 
@@ -43,17 +45,24 @@ def make_queries(
     w_uk: torch.Tensor,
     generators: Sequence[torch.Generator],
     noise: Sequence[torch.Tensor] | None = None,
+    topk_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Queries (num_tokens, num_heads, qk_head_dim) for all requests, one generator per request.
 
     `noise`: what a request's queries are besides needles, (query_len, num_heads, qk_head_dim) of
     root mean square one, in place of random numbers.
+    `topk_indices`: (num_tokens, k) positions on the host that sparse queries attend to.
     """
     device = tokens.device
     total = sum(r.query_len for r in requests)
     query = torch.empty((total, shape.num_heads, shape.qk_head_dim), dtype=dtype, device=device)
     constant_key = _constant_key(shape, w_uk, device)
     std = _noise_std(shape)
+    firsts = itertools.accumulate((r.query_len for r in requests), initial=0)
+    chosen = [
+        None if topk_indices is None else topk_indices[first : first + r.query_len]
+        for first, r in zip(firsts, requests, strict=False)
+    ]
     drawn = [
         _Draws.of(
             index,
@@ -64,6 +73,7 @@ def make_queries(
             generator,
             std,
             noise[index][first:last] if noise is not None else None,
+            None if (rows := chosen[index]) is None else rows[first:last],
         )
         for index, (request, generator) in enumerate(zip(requests, generators, strict=True))
         for first in range(0, request.query_len, _CHUNK_TOKENS)
@@ -107,14 +117,16 @@ class _Draws:
         generator: torch.Generator,
         std: float,
         noise: torch.Tensor | None,
+        topk_indices: torch.Tensor | None,
     ) -> _Draws:
         if noise is None:
             size = (len(tokens), shape.num_heads, shape.qk_head_dim)
             noise = torch.randn(size, generator=generator)
         noise = noise * std
         own = torch.arange(tokens.start, tokens.stop)
-        needles = tuple(_needles(request, shape, attn_type, own, generator))
-        boost = needle_boost(_num_seen(request, shape), std)
+        needles = tuple(_needles(request, shape, attn_type, own, generator, topk_indices))
+        most = request.seq_len if topk_indices is None else topk_indices.shape[1]
+        boost = needle_boost(min(most, _num_seen(request, shape)), std)
         return cls(
             noise,
             torch.full((len(tokens),), index),
@@ -195,6 +207,7 @@ def _needles(
     attn_type: AttentionType,
     tokens: torch.Tensor,
     generator: torch.Generator,
+    topk_indices: torch.Tensor | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(positions, valid) pairs for query tokens (C,), both (C, 1) or (C, num_heads).
 
@@ -219,13 +232,23 @@ def _needles(
         limit = seq_len
         drawn = (draws * seq_len).long()
     drawn = drawn.clamp_max(seq_len - 1)
+    places = [*(edge[:, None] for edge in edges), drawn]
+    if topk_indices is not None:
+        places += _chosen_needles(topk_indices.long(), generator)
     before: list[torch.Tensor] = []
-    for positions in [*(edge[:, None] for edge in edges), drawn]:
+    for positions in places:
         valid = (positions >= 0) & (positions < limit)
         for other in before:
             valid = valid & (positions != other)
         before.append(positions)
         yield positions.clamp(0, limit - 1), valid
+
+
+def _chosen_needles(chosen: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
+    """Of the positions (C, k) that each query attends to: the first, the last and a random one."""
+    count = (chosen >= 0).sum(-1, keepdim=True)
+    draws = torch.rand(count.shape, generator=generator)
+    return [chosen.gather(1, at) for at in (0 * count, count - 1, (draws * count).long())]
 
 
 def _keys_at(

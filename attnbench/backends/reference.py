@@ -12,6 +12,7 @@ Rules, the same for every backend (`s` a scaled logit of query position i and ke
 - then ALiBi: `s - slope * |i - j|` (Press et al., arXiv:2108.12409);
 - decoder: `j <= i`, and with a sliding window `i - j < window` (a query sees `window` tokens,
   itself included); encoder: all, with a window `|i - j| < window`; encoder_decoder: all;
+- sparse: of those, the positions that the batch's `topk_indices` gives each query;
 - a sink adds `exp(sink)` to the denominator of its head, and nothing to the numerator
   (gpt-oss, arXiv:2508.10925);
 - `lse` is the natural log of the denominator, sink included.
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attnbench.backends.topk import selected_keys
 from attnbench.workload.types import AttentionShape, AttentionType
 
 if TYPE_CHECKING:
@@ -152,6 +154,16 @@ class _Run:
         """Queries, keys and values of `lanes`."""
         return self._data_of(lanes)
 
+    def selected(self, lanes: _Lanes, queries: slice, low: int, high: int) -> torch.Tensor | None:
+        """(n, queries, keys low to high) bool: what sparse queries attend to; None: dense."""
+        indices = self.batch.topk_indices
+        if indices is None:
+            return None
+        rows = indices[self.tokens].view(len(self.requests), self.query_len, -1)
+        rows = rows[lanes.requests, queries]
+        groups = len(range(self.num_groups)[lanes.groups])
+        return selected_keys(rows, low, high - low).repeat_interleave(groups, dim=0)
+
     def store(
         self,
         found: tuple[torch.Tensor, torch.Tensor],
@@ -248,7 +260,8 @@ def _attend(run: _Run, lanes: _Lanes) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = visible_range(batch, run.requests.start, first, min(first + step, query_len))
         keys = slice(low - data.first_key, high - data.first_key)
         positions = all_positions[first : first + step]
-        logits = masked_logits(batch, query, data.key[:, keys], positions, low, data.heads)
+        chosen = run.selected(lanes, slice(first, first + step), low, high)
+        logits = masked_logits(batch, query, data.key[:, keys], positions, low, data.heads, chosen)
         top = logits.amax(dim=-1)  # (n, chunk, group)
         weights = logits.sub_(top[..., None]).exp_()
         total = weights.sum(dim=-1)
@@ -291,6 +304,7 @@ def masked_logits(
     positions: torch.Tensor,
     first_key: int,
     heads: slice | torch.Tensor,
+    selected: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits (..., queries, group, keys) in float64; -inf where a key is hidden.
 
@@ -298,6 +312,7 @@ def masked_logits(
         query: (..., queries, group, size) at `positions` (queries,).
         key: (..., keys, size), the keys of positions `first_key` onwards.
         heads: which heads the group is, for ALiBi: a slice, or (..., group) numbers.
+        selected: (..., queries, keys) bool, the keys a sparse query attends to; None: all.
     """
     shape = batch.shape
     logits = query.flatten(-3, -2) @ key.transpose(-2, -1)
@@ -313,8 +328,10 @@ def masked_logits(
         hidden = distance < 0
         if shape.sliding_window:
             hidden |= distance >= shape.sliding_window
+        if selected is not None:
+            hidden = hidden | ~selected
     elif shape.sliding_window:
         hidden = distance.abs() >= shape.sliding_window
     else:
         return logits
-    return logits.masked_fill_(hidden[:, None, :], float("-inf"))
+    return logits.masked_fill_(hidden[..., None, :], float("-inf"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -50,7 +51,8 @@ class TokenPool:
         num_ids: how many ids may be asked for.
         features: shape of one row, e.g. `(num_kv_heads, head_size)`.
         generator: where the signs come from; on the host, so that every device gets the same.
-        round_to: rounds float32 values to what the formats involved can hold.
+        round_to: rounds float32 values to what the formats involved can hold, whatever their
+            signs; hashable.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class TokenPool:
         num_ids: int,
         features: tuple[int, ...],
         generator: torch.Generator,
-        round_to: Rounding,
+        round_to: Callable[[torch.Tensor], torch.Tensor],
         device: torch.device,
     ) -> None:
         self._rows = _draw_rows(name, features, round_to, device)
@@ -82,7 +84,10 @@ class TokenPool:
 
 @lru_cache(maxsize=8)
 def _draw_rows(
-    name: str, features: tuple[int, ...], round_to: Rounding, device: torch.device
+    name: str,
+    features: tuple[int, ...],
+    round_to: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
 ) -> torch.Tensor:
     affordable = max(64, _MAX_ELEMENTS // math.prod(features)) - 1
     size = (min(_MAX_ROWS, affordable), *features)

@@ -13,7 +13,8 @@ absorbed form multiplies `2 * kv_lora_rank + qk_rope_head_dim` times, the expand
 v_head_dim)` times per key and head for the projection. For DeepSeek-V3 (1088, 320, 131072) they
 cross at 171 new tokens; 16 is chosen below that because the expanded form also writes and reads
 keys and values 71 times as large as the latents, and because it keeps speculative decoding
-(vLLM's reason for the threshold) in the absorbed form and prompts in the expanded one.
+(vLLM's reason for the threshold) in the absorbed form and prompts in the expanded one. Sparse
+batches run in the absorbed form whole (`torch_mla_sparse.py`).
 """
 
 from __future__ import annotations
@@ -24,15 +25,23 @@ from typing import ClassVar
 
 import torch
 
+from attnbench.backends.abstract import AttentionConfig
 from attnbench.backends.attend import attend, causal_rows, merge_into, merge_splits
 from attnbench.backends.builder import AttentionMetadataBuilder
 from attnbench.backends.cache_shapes import LatentCacheBackend
 from attnbench.backends.device import Device
+from attnbench.backends.ds_mla import DS_MLA, write_rows
 from attnbench.backends.dtypes import FLOAT_AND_FP8_CACHES
 from attnbench.backends.impl import MLAAttentionImpl, MLALayer
 from attnbench.backends.metadata import CommonAttentionMetadata
-from attnbench.backends.paged_ops import dequantize, gather_tokens, write_slots
+from attnbench.backends.paged_ops import gather_tokens, write_slots
 from attnbench.backends.split_kv import SplitPlan, plan_splits
+from attnbench.backends.torch_mla_sparse import (
+    SparseTokens,
+    attend_sparse,
+    read_latents,
+    sparse_tokens,
+)
 
 #: Bytes of latents in one tile of the absorbed form, per thread: half an L2 cache.
 _TILE_BYTES = 1 << 20
@@ -46,7 +55,7 @@ class TorchMLABackend(LatentCacheBackend):
         torch.bfloat16,
         torch.float32,
     )
-    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]] = FLOAT_AND_FP8_CACHES
+    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]] = (*FLOAT_AND_FP8_CACHES, DS_MLA)
 
     @staticmethod
     def get_name() -> str:
@@ -64,6 +73,11 @@ class TorchMLABackend(LatentCacheBackend):
     def supports_device(cls, device: Device) -> bool:
         return device.kind == "cpu"
 
+    @classmethod
+    def validate_configuration(cls, config: AttentionConfig, device: Device) -> list[str]:
+        """Dense and sparse are one to it: every reason is that of the dense configuration."""
+        return super().validate_configuration(config._replace(use_sparse=False), device)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MLAPrefill:
@@ -76,7 +90,7 @@ class MLAPrefill:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchMLAMetadata:
-    """Decode requests come first in the batch."""
+    """Decode requests come first in the batch; `sparse`: all tokens of one, which are decodes."""
 
     num_decodes: int
     num_decode_tokens: int
@@ -84,6 +98,7 @@ class TorchMLAMetadata:
     num_prefill_tokens: int
     decodes: tuple[SplitPlan, ...]
     prefills: tuple[MLAPrefill, ...]
+    sparse: SparseTokens | None = None
 
 
 class TorchMLAMetadataBuilder(AttentionMetadataBuilder[TorchMLAMetadata]):
@@ -100,6 +115,16 @@ class TorchMLAMetadataBuilder(AttentionMetadataBuilder[TorchMLAMetadata]):
         `common_prefix_len` changes nothing: each request reads the shared pages itself.
         """
         common = common_attn_metadata
+        if common.topk_indices_buffer is not None:
+            return TorchMLAMetadata(
+                num_decodes=common.num_reqs,
+                num_decode_tokens=common.num_actual_tokens,
+                num_prefills=0,
+                num_prefill_tokens=0,
+                decodes=(),
+                prefills=(),
+                sparse=sparse_tokens(common, common.topk_indices_buffer),
+            )
         starts = common.query_start_loc_cpu.tolist()
         query_lens = [b - a for a, b in pairwise(starts)]
         cpu_lens = common.seq_lens_cpu
@@ -168,6 +193,9 @@ class TorchMLAImpl(MLAAttentionImpl[TorchMLAMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
+        if self.kv_cache_dtype == DS_MLA:
+            write_rows(kv_c_normed, k_pe, kv_cache, slot_mapping)
+            return
         rows = torch.cat([kv_c_normed, k_pe.flatten(1)], dim=-1)
         write_slots(kv_cache, rows, slot_mapping, layer._k_scale_float)
 
@@ -180,6 +208,9 @@ class TorchMLAImpl(MLAAttentionImpl[TorchMLAMetadata]):
         output: torch.Tensor,
     ) -> torch.Tensor:
         """Returns the LSE (num_decode_tokens, num_heads) in float32."""
+        if (sparse := attn_metadata.sparse) is not None:
+            k_scale = layer._k_scale_float
+            return attend_sparse(q, kv_cache, sparse, output, self.scale, k_scale)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         for plan in attn_metadata.decodes:
             num_reqs, query_len = plan.token_index.shape
@@ -193,7 +224,7 @@ class TorchMLAImpl(MLAAttentionImpl[TorchMLAMetadata]):
                 part = slice(tile.first, tile.last)
                 tokens = tile.pages.shape[1] * kv_cache.shape[1]
                 latents = gather_tokens(kv_cache, tile.pages, tokens)
-                latents = dequantize(latents, q.dtype, layer._k_scale_float)[:, None]
+                latents = read_latents(latents, q.dtype, layer._k_scale_float)[:, None]
                 mask = tile.mask
                 if mask is not None:
                     mask = mask.repeat_interleave(self.num_heads, dim=2)
@@ -236,7 +267,7 @@ class TorchMLAImpl(MLAAttentionImpl[TorchMLAMetadata]):
                 block = first // block_size
                 pages = request.block_table[:, block : -(-last // block_size)]
                 latents = gather_tokens(kv_cache, pages, last - block * block_size)
-                latents = dequantize(latents, q.dtype, layer._k_scale_float)
+                latents = read_latents(latents, q.dtype, layer._k_scale_float)
                 key, value = self._expand(layer, latents[0, first - block * block_size :])
                 for rows, is_diagonal in causal_rows(query_len, first_query, first, last - first):
                     part, part_lse = attend(

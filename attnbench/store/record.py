@@ -104,6 +104,8 @@ class Measurement:
     phase: str
     num_reqs: int
     num_tokens: int  # query tokens of one call
+    topk_tokens: int = 0  # cached tokens each query attends to; 0: dense
+    topk_pattern: str = ""
 
     # what came out
     metric: str

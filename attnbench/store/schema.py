@@ -20,7 +20,10 @@ from attnbench.store.header import SCHEMA_VERSION as SCHEMA_VERSION
 from attnbench.store.record import Measurement
 
 #: What each version changed. A new column in the record needs a new version and a line here.
-HISTORY: Mapping[int, str] = {1: "the first columns"}
+HISTORY: Mapping[int, str] = {
+    1: "the first columns",
+    2: "topk_tokens and topk_pattern: sparse attention; rows of before are dense",
+}
 
 #: Columns that make a row's key (`Measurement.key`), in its order.
 ROW_KEY = ("run_id", "point_id", "metric", "timer", "l2_state", "execution", "replicate")

@@ -32,14 +32,25 @@ Dv = R, one latent of R + P per token, and the projections by W_UK and W_UV belo
 are outside. Any other request is counted in the expanded form: D = N + P, plus the up-projection of
 the tokens that some query sees, 2 R H (N + Dv) each, and the weights of the up-projection are read
 once per call, R H (N + Dv).
+
+**Sparse MLA** (DeepSeek-V3.2-Exp, technical report, section 2.1; k = topk_tokens): query position p
+attends to min(p + 1, k) latents, the pairs of a window of k, and every request is counted in the
+absorbed form, whatever its length: no two queries share what would be expanded. Choosing the k is
+the indexer's work and outside. A query reads the latents it attends to; one that several queries
+read counts once, as everywhere: of a request, min(s, k) for the pattern `prefix`,
+min(s, q + k - 1) for `window`, and for `random` min(s, pairs), which is what it reads when no two
+draws meet, and at most all. `fp8_ds_mla` is 656 bytes a token.
 """
 
 from __future__ import annotations
 
+from attnbench.workload.text import DS_MLA
 from attnbench.workload.types import AttentionType, Request
 from attnbench.workload.workload import Workload
 
 BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
+#: 512 e4m3 values, four fp32 scales, 64 bf16 values.
+DS_MLA_BYTES_PER_TOKEN = 512 + 4 * 4 + 64 * 2
 
 
 def attention_flops(workload: Workload) -> int:
@@ -50,7 +61,7 @@ def attention_flops(workload: Workload) -> int:
         pairs = visible_pairs(workload, request)
         if not shape.is_mla:
             flops += 2 * pairs * (shape.head_size + shape.v_head_size)
-        elif is_absorbed(request):
+        elif is_absorbed(workload, request):
             flops += 2 * pairs * (shape.head_size + shape.kv_lora_rank)
         else:
             expanded = shape.qk_nope_head_dim + shape.v_head_size
@@ -66,23 +77,23 @@ def attention_bytes(workload: Workload) -> int:
     moved = 0
     for request in workload.requests:
         sizes = shape.qk_head_dim + shape.v_head_size
-        if shape.is_mla and is_absorbed(request):
+        if shape.is_mla and is_absorbed(workload, request):
             sizes = shape.head_size + shape.kv_lora_rank
         moved += request.query_len * shape.num_heads * sizes * width
-    if shape.is_mla and not all(is_absorbed(request) for request in workload.requests):
+    if shape.is_mla and not all(is_absorbed(workload, r) for r in workload.requests):
         expanded = shape.qk_nope_head_dim + shape.v_head_size
         moved += shape.num_heads * shape.kv_lora_rank * expanded * width
     return moved + _cached_tokens_read(workload) * _bytes_per_token(workload)
 
 
-def is_absorbed(request: Request) -> bool:
-    """Whether MLA serves the request in its absorbed (latent) form: a decode."""
-    return request.query_len == 1
+def is_absorbed(workload: Workload, request: Request) -> bool:
+    """Whether MLA serves the request in its absorbed (latent) form: a decode, or a sparse one."""
+    return request.query_len == 1 or workload.is_sparse
 
 
 def visible_pairs(workload: Workload, request: Request) -> int:
     """Pairs of a query token and a key token that attend, per query head."""
-    window, tokens = workload.shape.sliding_window, request.seq_len
+    window, tokens = workload.topk_tokens or workload.shape.sliding_window, request.seq_len
     if workload.attn_type is AttentionType.ENCODER_DECODER:
         return request.query_len * tokens
     if workload.causal:
@@ -100,26 +111,42 @@ def _causal_pairs(tokens: int, window: int) -> int:
 
 
 def _seen_tokens(workload: Workload, request: Request) -> int:
-    """Tokens of `request` that at least one of its queries sees: its last ones."""
+    """Tokens of `request` that at least one of its queries sees."""
+    first, last = _seen_range(workload, request)
+    return last - first
+
+
+def _seen_range(workload: Workload, request: Request) -> tuple[int, int]:
+    """First and one past the last token that queries of `request` see; all between are seen, but
+    for the pattern `random`, which may see any."""
     window = workload.shape.sliding_window
+    if workload.topk_pattern == "prefix":
+        return 0, min(request.seq_len, workload.topk_tokens)
+    if workload.topk_pattern == "window":
+        window = workload.topk_tokens
     if workload.causal and window:
-        return min(request.seq_len, request.query_len + window - 1)
-    return request.seq_len
+        return max(0, request.seq_len - request.query_len - window + 1), request.seq_len
+    return 0, request.seq_len
 
 
 def _cached_tokens_read(workload: Workload) -> int:
     """Tokens whose keys and values are read: those of the common prefix once for all requests."""
     prefix = workload.common_prefix_len
-    first = [r.seq_len - _seen_tokens(workload, r) for r in workload.requests]
-    own = sum(
-        r.seq_len - max(start, prefix) for r, start in zip(workload.requests, first, strict=True)
-    )
-    return own + max(0, prefix - min(first))
+    ranges = [_seen_range(workload, r) for r in workload.requests]
+    own = sum(max(0, last - max(first, prefix)) for first, last in ranges)
+    shared = min(prefix, max(last for _, last in ranges)) - min(first for first, _ in ranges)
+    read = own + max(0, shared)
+    if workload.topk_pattern == "random":
+        drawn = (min(r.seq_len, visible_pairs(workload, r)) for r in workload.requests)
+        return min(read, sum(drawn))
+    return read
 
 
 def _bytes_per_token(workload: Workload) -> int:
     """Bytes of one token's keys and values in one layer, where the kernel reads them."""
     shape = workload.shape
+    if workload.resolved_kv_cache_dtype == DS_MLA:
+        return DS_MLA_BYTES_PER_TOKEN
     cached = workload.attn_type in (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
     width = BYTES_PER_VALUE[workload.resolved_kv_cache_dtype if cached else workload.dtype]
     if shape.is_mla:

@@ -131,6 +131,8 @@ _TABLE = (
     _heads("mpt-7b", "mosaicml/mpt-7b", 32, 32, 32, 128, use_alibi=True),
     _latent("deepseek-v2-lite", "deepseek-ai/DeepSeek-V2-Lite", 27, 16),
     _latent("deepseek-v3", "deepseek-ai/DeepSeek-V3", 61, 128),
+    # Its layers are sparse: write topk=2048:random (`index_topk` 2048) for what it runs.
+    _latent("deepseek-v3.2", "deepseek-ai/DeepSeek-V3.2", 61, 128),
     _latent("deepseek-r1", "deepseek-ai/DeepSeek-R1", 61, 128),
     _latent("kimi-k2", "moonshotai/Kimi-K2-Instruct", 61, 64),
 )

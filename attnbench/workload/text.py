@@ -37,7 +37,11 @@ _MLA = re.compile(r"([0-9]{1,9})\+([0-9]{1,9}):([0-9]{1,9})\+([0-9]{1,9})")
 _DECIMAL = re.compile(r"[0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?")
 
 DTYPES = ("fp32", "fp16", "bf16")
-KV_CACHE_DTYPES = ("auto", "fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2")
+#: DeepSeek-V3.2's sparse cache: 656 bytes a token.
+DS_MLA = "fp8_ds_mla"
+KV_CACHE_DTYPES = ("auto", "fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2", DS_MLA)
+#: Which tokens a sparse query attends to: any it may see, its first ones, its last ones.
+TOPK_PATTERNS = ("random", "prefix", "window")
 LAYOUTS = ("NHD", "HND")
 #: Other spellings people type: torch's names, and vLLM's `fp8`.
 _DTYPE_SPELLINGS = {
@@ -97,6 +101,13 @@ def _mla(text: str) -> tuple[int, int, int, int]:
     return lora, rope, nope, value
 
 
+def _topk(text: str) -> tuple[int, str]:
+    count, _, pattern = text.partition(":")
+    if pattern not in TOPK_PATTERNS:
+        raise ValueError
+    return _positive(count), pattern
+
+
 def _one_of(*names: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         word = _DTYPE_SPELLINGS.get(text, text)
@@ -141,6 +152,13 @@ KEYS: Mapping[str, Key] = {
         Key("shape", str, "a registered attention shape", "llama-3-70b"),
         Key("sinks", _flag, "0 or 1", "1"),
         Key("softcap", _decimal, "a number, 0 for none", "50"),
+        Key(
+            "topk",
+            _topk,
+            "COUNT:PATTERN, the cached tokens each query attends to, 1 or more, and which: "
+            + ", ".join(TOPK_PATTERNS),
+            "2048:random",
+        ),
         Key("tp", _positive, "tensor-parallel ranks, 1 or more", "4"),
         Key("v_head_size", _positive, "the width of one value head, 1 or more", "128"),
         Key("window", _number, "tokens a query sees, 0 for all", "4096"),
@@ -174,7 +192,10 @@ def parse_workload_text(text: str) -> dict[str, Any]:
         if name in values:
             raise WorkloadError(f"{where}: {name}= is given twice; leave one out")
         values[name] = _read_value(KEYS[name], value, where)
-    fields = {"batch_spec": parse_batch_spec(words[0][1]), "shape": _read_shape(values, text)}
+    fields: dict[str, Any] = {
+        "batch_spec": parse_batch_spec(words[0][1]),
+        "shape": _read_shape(values, text),
+    }
     renamed = {
         "dtype": "dtype",
         "kv": "kv_cache_dtype",
@@ -185,6 +206,8 @@ def parse_workload_text(text: str) -> dict[str, Any]:
         "lengths": "lengths",
         "seed": "seed",
     }
+    if "topk" in values:
+        fields["topk_tokens"], fields["topk_pattern"] = values["topk"]
     return fields | {renamed[key]: value for key, value in values.items() if key in renamed}
 
 
@@ -281,6 +304,7 @@ def format_workload_text(workload: WorkloadFields) -> str:
         ("prefix", workload.common_prefix_len, 0),
         ("lengths", workload.lengths, ""),
         ("seed", workload.seed, 0),
+        ("topk", f"{workload.topk_tokens}:{workload.topk_pattern}", "0:"),
     ):
         if value != default:
             words[key] = str(value)

@@ -93,13 +93,16 @@ class WorkloadFields:
     batch_spec: BatchSpec
     shape: AttentionShape
     dtype: str = "bf16"  # fp32, fp16, bf16
-    kv_cache_dtype: str = "auto"  # auto (= dtype), fp32, fp16, bf16, fp8_e4m3, fp8_e5m2
+    #: auto (= dtype), fp32, fp16, bf16, fp8_e4m3, fp8_e5m2, fp8_ds_mla
+    kv_cache_dtype: str = "auto"
     block_size: int = 16
     kv_cache_layout: str = "NHD"  # NHD or HND
     attn_type: AttentionType = AttentionType.DECODER
     common_prefix_len: int = 0  # tokens all requests share, in the same KV blocks
     lengths: str = ""  # "" as the batch spec says; "geometric"; "uniform:0.5"
     seed: int = 0
+    topk_tokens: int = 0  # cached tokens each query attends to; 0: all it may see (dense)
+    topk_pattern: str = ""  # which: random, prefix, window; "" when dense
 
 
 IdentityColumns = Mapping[str, str | int | float | bool]

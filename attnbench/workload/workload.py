@@ -19,10 +19,12 @@ from attnbench.workload.identity import short_hash
 from attnbench.workload.lengths import draw_lengths, normalise_lengths
 from attnbench.workload.shapes import get_shape
 from attnbench.workload.text import (
+    DS_MLA,
     DTYPES,
     KV_CACHE_DTYPES,
     LAYOUTS,
     MAX_SEED,
+    TOPK_PATTERNS,
     format_workload_text,
     parse_workload_text,
 )
@@ -62,6 +64,8 @@ class Workload(WorkloadFields):
             raise WorkloadError("layout=HND: an MLA cache has no head dimension; leave layout= out")
         self._check_prefix()
         self._check_attn_type()
+        self._check_topk()
+        self._check_ds_mla()
 
     def _check_prefix(self) -> None:
         prefix = self.common_prefix_len
@@ -98,6 +102,44 @@ class Workload(WorkloadFields):
                     f"is cached; write q{request.query_len} without s{request.seq_len}"
                 )
 
+    def _check_topk(self) -> None:
+        """Sparse attention is MLA's: an indexer picks latents for every query (DeepSeek-V3.2)."""
+        if not self.topk_tokens and not self.topk_pattern:
+            return
+        word = f"topk={self.topk_tokens}:{self.topk_pattern}"
+        if self.topk_pattern not in TOPK_PATTERNS:
+            raise WorkloadError(
+                f"{word}: unknown pattern; write one of "
+                + ", ".join(f"topk={self.topk_tokens or 2048}:{name}" for name in TOPK_PATTERNS)
+            )
+        if not 1 <= self.topk_tokens <= MAX_TOKENS:
+            raise WorkloadError(
+                f"{word}: expected 1 to {MAX_TOKENS} tokens, e.g. topk=2048:{self.topk_pattern}; "
+                "for dense attention leave topk= out"
+            )
+        if not self.shape.is_mla:
+            raise WorkloadError(
+                f"{word}: only latent attention is sparse; name an MLA shape, e.g. "
+                "shape=deepseek-v3.2, or leave topk= out"
+            )
+        if self.shape.sliding_window:
+            raise WorkloadError(
+                f"{word}: no sparse layer has a sliding window too; leave window= out, or write "
+                f"topk={self.shape.sliding_window}:window without it"
+            )
+
+    def _check_ds_mla(self) -> None:
+        """The format fixes widths and the type of its rotary part."""
+        if self.kv_cache_dtype != DS_MLA:
+            return
+        widths = (self.shape.kv_lora_rank, self.shape.qk_rope_head_dim)
+        if widths != (512, 64) or self.dtype != "bf16":
+            raise WorkloadError(
+                f"kv={DS_MLA}: a token is 512 e4m3 numbers, four scales and 64 bf16 ones, so it "
+                "needs an MLA shape of 512+64 and dtype=bf16, e.g. shape=deepseek-v3.2; for "
+                "another shape write kv=fp8_e4m3"
+            )
+
     @classmethod
     def parse(cls, text: str) -> Workload:
         """The workload that `text` describes, e.g. `8q1s4k dtype=fp32 shape=qwen3-8b`."""
@@ -133,6 +175,11 @@ class Workload(WorkloadFields):
     def num_tokens(self) -> int:
         """Query tokens of one call."""
         return sum(request.query_len for request in self.requests)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether each query attends to `topk_tokens` cached tokens only."""
+        return self.topk_tokens > 0
 
     @property
     def causal(self) -> bool:
@@ -177,6 +224,8 @@ class Workload(WorkloadFields):
             "common_prefix_len": self.common_prefix_len,
             "lengths": self.lengths,
             "seed": self.seed,
+            "topk_tokens": self.topk_tokens,
+            "topk_pattern": self.topk_pattern,
             "phase": str(self.phase),
             "num_reqs": self.num_reqs,
             "num_tokens": self.num_tokens,

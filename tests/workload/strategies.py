@@ -95,13 +95,18 @@ def workloads(draw: st.DrawFn) -> Workload:
     spec = draw(batch_specs(context=attn_type not in _ENCODERS))
     block_size = draw(st.sampled_from([1, 3, 16, 64, 256]))
     context = min(r.seq_len - r.query_len for r in spec.requests)
+    dtype = draw(st.sampled_from(["fp32", "fp16", "bf16"]))
+    kv_cache_dtypes = ["auto", "fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2"]
+    if dtype == "bf16" and (shape.kv_lora_rank, shape.qk_rope_head_dim) == (512, 64):
+        kv_cache_dtypes.append("fp8_ds_mla")
+    is_sparse = shape.is_mla and not shape.sliding_window and draw(st.booleans())
     return Workload(
         batch_spec=spec,
         shape=shape,
-        dtype=draw(st.sampled_from(["fp32", "fp16", "bf16"])),
-        kv_cache_dtype=draw(
-            st.sampled_from(["auto", "fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2"])
-        ),
+        dtype=dtype,
+        kv_cache_dtype=draw(st.sampled_from(kv_cache_dtypes)),
+        topk_tokens=draw(st.sampled_from([1, 7, 64, 2048])) if is_sparse else 0,
+        topk_pattern=draw(st.sampled_from(["random", "prefix", "window"])) if is_sparse else "",
         block_size=block_size,
         kv_cache_layout="NHD" if shape.is_mla else draw(st.sampled_from(["NHD", "HND"])),
         attn_type=attn_type,

@@ -20,6 +20,10 @@ def _sees(workload: Workload, request: Request, query: int, key: int) -> bool:
     window = workload.shape.sliding_window
     if workload.attn_type is AttentionType.DECODER and key > position:
         return False
+    if workload.topk_pattern == "prefix":
+        return key < workload.topk_tokens
+    if workload.topk_pattern == "window":
+        return position - key < workload.topk_tokens
     return not window or abs(position - key) < window
 
 
@@ -27,13 +31,13 @@ def _count(workload: Workload) -> tuple[int, int]:
     """FLOPs and bytes, by walking over requests, heads, queries, keys and tokens."""
     shape = workload.shape
     cached = workload.attn_type in (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
-    kv_width = WIDTH[workload.resolved_kv_cache_dtype if cached else workload.dtype]
+    kv_width = WIDTH.get(workload.resolved_kv_cache_dtype if cached else workload.dtype, 0)
     width = WIDTH[workload.dtype]
     flops = moved = 0
     tokens_read: set[tuple[object, int]] = set()
     weights_read = False
     for index, request in enumerate(workload.requests):
-        absorbed = shape.is_mla and request.query_len == 1
+        absorbed = shape.is_mla and (request.query_len == 1 or workload.is_sparse)
         qk = shape.qk_head_dim
         v = shape.v_head_size
         if absorbed:
@@ -56,7 +60,8 @@ def _count(workload: Workload) -> tuple[int, int]:
     per_token = shape.num_kv_heads * (shape.head_size + shape.v_head_size)
     if shape.is_mla:
         per_token = shape.kv_lora_rank + shape.qk_rope_head_dim
-    moved += len(tokens_read) * per_token * kv_width
+    ds_mla = workload.kv_cache_dtype == "fp8_ds_mla"
+    moved += len(tokens_read) * (656 if ds_mla else per_token * kv_width)
     if weights_read:
         up = shape.qk_nope_head_dim + shape.v_head_size
         moved += shape.num_heads * shape.kv_lora_rank * up * width
@@ -91,6 +96,15 @@ SMALL = [
     "q3s20_2q1s20 heads=4 mla=32+8:16+24 prefix=16 kv=fp8_e4m3",
     "q3s20 heads=4 mla=32+8:16+24 window=5",
     "q1s20_q3s20 heads=2 mla=32+8:16+24 window=7 prefix=16 dtype=fp32",
+    "3q1s20 heads=2 mla=32+8:16+24 topk=7:prefix",
+    "3q1s20 heads=2 mla=32+8:16+24 topk=7:window kv=fp8_e4m3",
+    "q9_q3s30 heads=2 mla=32+8:16+24 topk=50:window",
+    "q9_q3s30 heads=2 mla=32+8:16+24 topk=50:prefix dtype=fp32",
+    "q5s29_q1s40 heads=2 mla=32+8:16+24 topk=20:prefix prefix=16",
+    "q5s29_q1s40 heads=2 mla=32+8:16+24 topk=9:prefix prefix=16",
+    "q5s29_q1s40 heads=2 mla=32+8:16+24 topk=15:window prefix=16",
+    "q5s29_q1s40 heads=2 mla=512+64:16+24 topk=15:window prefix=16 kv=fp8_ds_mla",
+    "q1s20_q3s20 heads=2 mla=512+64:16+24 kv=fp8_ds_mla",
 ]
 
 
@@ -98,6 +112,59 @@ SMALL = [
 def test_counted_one_by_one(text: str) -> None:
     workload = Workload.parse(text)
     assert (attention_flops(workload), attention_bytes(workload)) == _count(workload)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(0, 12)), min_size=1, max_size=4),
+    st.integers(1, 20),
+    st.integers(0, 12),
+    st.sampled_from(["prefix", "window"]),
+)
+@settings(deadline=None)
+def test_any_small_sparse_batch(
+    lengths: list[tuple[int, int]], topk: int, prefix: int, pattern: str
+) -> None:
+    spec = "_".join(f"q{query}s{query + context}" for query, context in lengths)
+    prefix = min(prefix, *(context for _, context in lengths), 12)
+    workload = Workload.parse(
+        f"{spec} heads=2 mla=8+4:6+5 topk={topk}:{pattern} block=1 prefix={prefix}"
+    )
+    assert (attention_flops(workload), attention_bytes(workload)) == _count(workload)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(0, 12)), min_size=1, max_size=4),
+    st.integers(1, 20),
+)
+@settings(deadline=None)
+def test_random_choices_count_as_pairs_and_each_token_at_most_once(
+    lengths: list[tuple[int, int]], topk: int
+) -> None:
+    spec = "_".join(f"q{query}s{query + context}" for query, context in lengths)
+    shape = "heads=2 mla=8+4:6+5"
+    chosen, window, dense = (
+        Workload.parse(f"{spec} {shape} {word}")
+        for word in (f"topk={topk}:random", f"topk={topk}:window", "")
+    )
+    assert attention_flops(chosen) == attention_flops(window)
+    by_hand = 0
+    for request in chosen.requests:
+        own = range(request.seq_len - request.query_len, request.seq_len)
+        by_hand += min(request.seq_len, sum(min(topk, position + 1) for position in own))
+        assert visible_pairs(chosen, request) == sum(min(topk, p + 1) for p in own)
+        assert visible_pairs(chosen, request) <= visible_pairs(dense, request)
+    queries = chosen.num_tokens * 2 * (12 + 8) * 2
+    assert attention_bytes(chosen) == queries + by_hand * 12 * 2
+
+
+def test_sparse_decode_by_hand() -> None:
+    """32 requests of 8k tokens, 2048 chosen of each: DeepSeek-V3.2's decode on one of 8 ranks."""
+    text = "32q1s8k shape=deepseek-v3.2 tp=8 topk=2048:random"
+    workload = Workload.parse(text)
+    assert attention_flops(workload) == 32 * 2048 * 16 * 2 * (576 + 512)
+    queries = 32 * 16 * (576 + 512) * 2
+    assert attention_bytes(workload) == queries + 32 * 2048 * 576 * 2
+    assert attention_bytes(Workload.parse(f"{text} kv=fp8_ds_mla")) == queries + 32 * 2048 * 656
 
 
 @given(

@@ -37,10 +37,11 @@ GOLDEN = {
     "mpt-7b": (32, 32, 32, 128, 128, 0, 0.0, False, True),
     "deepseek-v2-lite": (27, 16, 1, 576, 128, 0, 0.0, False, False),
     "deepseek-v3": (61, 128, 1, 576, 128, 0, 0.0, False, False),
+    "deepseek-v3.2": (61, 128, 1, 576, 128, 0, 0.0, False, False),
     "deepseek-r1": (61, 128, 1, 576, 128, 0, 0.0, False, False),
     "kimi-k2": (61, 64, 1, 576, 128, 0, 0.0, False, False),
 }
-LATENT = {"deepseek-v2-lite", "deepseek-v3", "deepseek-r1", "kimi-k2"}
+LATENT = {"deepseek-v2-lite", "deepseek-v3", "deepseek-v3.2", "deepseek-r1", "kimi-k2"}
 # Layers of the published configs, by the stem of the names.
 WHOLE_MODELS = {
     "gemma-2-9b": 42,

@@ -74,6 +74,8 @@ GOLDEN_IDS = {
     "8q1s8k lengths=uniform:0.5": "0da439ff6a68265f",
     "4q512 attn=encoder_only heads=16/16": "a2f9c4d194ff7ddb",
     "q2k alibi=1 sinks=1 softcap=30.5": "246644d66a4577e6",
+    "8q1s4k shape=deepseek-v3 topk=64:random": "e77c8d039e7de44a",
+    "32q1s8k block=64 kv=fp8_ds_mla shape=deepseek-v3.2 topk=2048:window tp=8": "9a370c4f1687f3e0",
 }
 
 
@@ -119,6 +121,10 @@ def test_ids_are_made_as_the_record_makes_them() -> None:
             "8q1s4k shape=gemma-2-9b softcap=0 window=1024",
         ),
         ("8q1s4k heads=128 mla=512+64:128+128", "8q1s4k heads=128/1 mla=512+64:128+128"),
+        (
+            "8q1s4k tp=8 topk=2k:prefix shape=deepseek-v3.2",
+            "8q1s4k shape=deepseek-v3.2 topk=2048:prefix tp=8",
+        ),
         (
             "8q1s4k shape=deepseek-v2-lite heads=32",
             "8q1s4k heads=32/1 layers=27 mla=512+64:128+128",
@@ -207,7 +213,14 @@ def test_every_field_is_in_the_text() -> None:
         "prefix=32 seed=1"
     )
     default = Workload.parse("8q1s4k")
-    assert {name for name in fields if getattr(changed, name) != getattr(default, name)} == fields
+    sparse = Workload.parse("8q1s4k shape=deepseek-v3 topk=64:window")
+    assert {
+        name
+        for name in fields
+        if getattr(changed, name) != getattr(default, name) or name.startswith("topk")
+    } == fields
+    assert (sparse.topk_tokens, sparse.topk_pattern, sparse.is_sparse) == (64, "window", True)
+    assert not default.is_sparse
 
 
 def test_replace_checks_again() -> None:
@@ -250,6 +263,16 @@ BAD = [
     ("8q1s4k lengths=normal", ["geometric or uniform:J", "e.g. lengths=uniform:0.5"]),
     ("8q1s4k lengths=uniform:2", ["geometric or uniform:J"]),
     ("8q1s4k seed=-1", ["e.g. seed=7"]),
+    ("q1s9 shape=deepseek-v3 topk=64", ["COUNT:PATTERN", "random, prefix, window", "2048:random"]),
+    ("q1s9 shape=deepseek-v3 topk=64:sliding", ["random, prefix, window", "e.g. topk=2048:random"]),
+    ("q1s9 shape=deepseek-v3 topk=0:random", ["1 or more", "e.g. topk=2048:random"]),
+    ("q1s9 shape=deepseek-v3 topk=-3:random", ["1 or more"]),
+    ("q1s9 shape=deepseek-v3 topk=random", ["COUNT:PATTERN"]),
+    ("q1s9 topk=64:random", ["topk=64:random", "shape=deepseek-v3.2", "leave topk= out"]),
+    ("q1s9 shape=deepseek-v3 topk=64:prefix window=8", ["topk=8:window", "leave window= out"]),
+    ("q1s9 kv=fp8_ds_mla", ["512+64", "shape=deepseek-v3.2", "kv=fp8_e4m3"]),
+    ("q1s9 kv=fp8_ds_mla shape=deepseek-v3 dtype=fp16", ["kv=fp8_ds_mla", "dtype=bf16"]),
+    ("q1s9 kv=fp8_ds_mla heads=2 mla=256+64:8+8", ["512+64"]),
     ("8q1s4k seed=9223372036854775808", ["0 to 9223372036854775807"]),
     ("8q1s4k heads=32x8", ["num_heads/num_kv_heads", "e.g. heads=32/8"]),
     ("8q1s4k heads=32/5", ["num_kv_heads must divide num_heads", "e.g. heads=32/8"]),
@@ -293,6 +316,9 @@ def test_error_messages(text: str, parts: list[str]) -> None:
         ({"seed": -1}, ["seed=-1"]),
         ({"common_prefix_len": -16}, ["prefix=-16"]),
         ({"lengths": "zipf"}, ["lengths=zipf"]),
+        ({"topk_tokens": 64}, ["topk=64:", "unknown pattern", "topk=64:window"]),
+        ({"topk_pattern": "prefix"}, ["topk=0:prefix", "1 to", "leave topk= out"]),
+        ({"topk_tokens": 64, "topk_pattern": "random"}, ["only latent attention is sparse"]),
     ],
 )
 def test_values_are_checked_too(changes: dict[str, str | int], parts: list[str]) -> None:
