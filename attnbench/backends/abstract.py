@@ -146,6 +146,18 @@ class AttentionBackend(ABC):
         """
         return ()
 
+    @classmethod
+    def promised_kernels(
+        cls, workload: WorkloadFields, variant: str, device: Device
+    ) -> tuple[tuple[str, ...], ...]:
+        """`kernel_patterns` of a call of `workload`: of every group here one must be found.
+
+        One group, unless a backend's decode and prefill launch kernels of their own: then a batch
+        of both promises both.
+        """
+        patterns = cls.kernel_patterns(variant, device)
+        return (patterns,) if patterns else ()
+
     # --- KV cache ----------------------------------------------------------------------------
     @staticmethod
     @abstractmethod

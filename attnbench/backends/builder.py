@@ -24,6 +24,18 @@ class AttentionCGSupport(IntEnum):
     UNIFORM_SINGLE_TOKEN_DECODE = 1
     NEVER = 0
 
+    def covers(self, query_lens: Sequence[int]) -> bool:
+        """Whether a batch of requests with these numbers of new tokens may be captured."""
+        match self:
+            case AttentionCGSupport.ALWAYS:
+                return True
+            case AttentionCGSupport.UNIFORM_BATCH:
+                return len(set(query_lens)) == 1
+            case AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE:
+                return set(query_lens) == {1}
+            case _:
+                return False
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVCacheSpec:
@@ -86,7 +98,11 @@ class AttentionMetadataBuilder(ABC, Generic[M]):
         """Metadata of one step. `fast_build` trades kernel speed for build speed (drafting)."""
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> M:
-        """Metadata whose tensors keep their addresses while a graph is captured and replayed."""
+        """Metadata whose tensors keep their addresses while a graph is captured and replayed.
+
+        Called again for a batch of the same sizes, it fills the same memory anew: what an engine's
+        step does before it replays the graph.
+        """
         return self.build(0, common_attn_metadata)
 
     def build_for_drafting(

@@ -1,7 +1,7 @@
-"""FLASH_ATTN: FlashAttention 2 and 3 over a paged KV cache, by the real libraries.
+"""FLASH_ATTN: FlashAttention 2, 3 and 4 over a paged KV cache, by the real libraries.
 
-What it accepts is vLLM 0.22.1's FLASH_ATTN as declared for the selector, less what needs
-FlashAttention 4. What a call costs beside the kernel: an fp8 KV cache needs fp8 queries, quantised
+What it accepts is vLLM 0.22.1's FLASH_ATTN as declared for the selector, less what none of its
+libraries takes. What a call costs beside the kernel: an fp8 KV cache needs fp8 queries, quantised
 in `forward` unless they come so (vLLM's layer does it before); the `_UPSTREAM` libraries return a
 new tensor, which is copied to the output.
 """
@@ -14,28 +14,30 @@ from typing import Any, ClassVar
 
 import torch
 
-from attnbench.backends.abstract import AttentionConfig, is_quantized_kv_cache
+from attnbench.backends.abstract import AttentionConfig
 from attnbench.backends.builder import AttentionCGSupport, AttentionMetadataBuilder, KVCacheSpec
 from attnbench.backends.cache_shapes import PairedCacheBackend
 from attnbench.backends.declared.vllm_0_22_1 import FlashAttention, flash_attn_version
 from attnbench.backends.device import Device
 from attnbench.backends.dtypes import is_fp8
-from attnbench.backends.flash_attn_kernels import (
+from attnbench.backends.flash_attn_calls import (
     NO_WINDOW,
     Descales,
     FlashAttentionMetadata,
     LayerOptions,
-    load_kernels,
 )
+from attnbench.backends.flash_attn_kernels import load_kernels
 from attnbench.backends.flash_attn_library import (
     LIBRARIES,
     missing_reason,
-    refusal,
     require_any,
     variants_of,
 )
-from attnbench.backends.impl import AttentionImpl, AttentionLayer
+from attnbench.backends.flash_attn_refusal import refusal
+from attnbench.backends.graph_buffers import GraphBuffers
+from attnbench.backends.impl import AttentionLayer
 from attnbench.backends.metadata import CommonAttentionMetadata
+from attnbench.backends.paged_impl import PagedAttentionImpl
 from attnbench.backends.paged_ops import quantize
 from attnbench.errors import UsageError
 from attnbench.workload.types import AttentionShape, AttentionType
@@ -45,11 +47,9 @@ from attnbench.workload.types import AttentionShape, AttentionType
 GRAPH_MAX_NUM_SPLITS = 32
 GRAPH_MAX_TOKENS = 512
 
-_ENCODERS = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
-
 
 class FlashAttentionBackend(PairedCacheBackend, FlashAttention):
-    """Variants: FA3 and FA2 of vLLM's wheel, FA3_UPSTREAM and FA2_UPSTREAM of FlashAttention's own
+    """Variants: FA3, FA4 and FA2 of vLLM's wheel, and _UPSTREAM ones of FlashAttention's own
     packages. Asked for none, the version is the one vLLM takes for the configuration."""
 
     install_hint: ClassVar[str] = LIBRARIES["FA3"].install
@@ -72,8 +72,8 @@ class FlashAttentionBackend(PairedCacheBackend, FlashAttention):
 
     @classmethod
     def default_variant(cls, config: AttentionConfig, device: Device) -> str:
-        """vLLM 0.22.1's rule (fa_utils.py:60-180), FA2 where it takes FA4."""
-        return "FA3" if flash_attn_version(config, device) == 3 else "FA2"
+        """vLLM 0.22.1's rule (fa_utils.py:60-180)."""
+        return f"FA{flash_attn_version(config, device) or 2}"
 
     @classmethod
     def kernel_patterns(cls, variant: str, device: Device) -> tuple[str, ...]:
@@ -109,17 +109,11 @@ class FlashAttentionBackend(PairedCacheBackend, FlashAttention):
             return refusal(cls.default_variant(config, device), config, device)
         return None
 
-    @classmethod
-    def note(cls, config: AttentionConfig, device: Device) -> str:
-        theirs = super().note(config, device)
-        ours = cls.default_variant(config, device)
-        return theirs if theirs in ("", ours) else f"{ours} here, {theirs} in {cls.version}"
-
 
 class FlashAttentionMetadataBuilder(AttentionMetadataBuilder[FlashAttentionMetadata]):
     """Passes the batch on and, for FA3, makes the kernel's schedule ahead of time, as vLLM does."""
 
-    #: FA2's graphs of single-token batches serve no other ones; FA3's serve all.
+    #: FA2's graphs of single-token batches serve no other ones; FA3's serve all. FA4 as in vLLM.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     supports_update_block_table: ClassVar[bool] = True
 
@@ -132,7 +126,7 @@ class FlashAttentionMetadataBuilder(AttentionMetadataBuilder[FlashAttentionMetad
     ) -> None:
         super().__init__(spec, layer_names, device, variant)
         self.kernels = load_kernels(variant)
-        self._graph_schedule: torch.Tensor | None = None
+        self._buffers = GraphBuffers()
 
     @property
     def cudagraph_support(self) -> AttentionCGSupport:
@@ -152,21 +146,17 @@ class FlashAttentionMetadataBuilder(AttentionMetadataBuilder[FlashAttentionMetad
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> FlashAttentionMetadata:
-        """As vLLM captures: a fixed bound on the splits, the schedule in memory that stays."""
+        """As vLLM captures: a fixed bound on FA3's splits, its schedule in memory that stays."""
         common = common_attn_metadata
         is_fa3 = self.kernels.library.version == 3
         small = is_fa3 and common.num_actual_tokens <= GRAPH_MAX_TOKENS
         metadata = self._build(common, GRAPH_MAX_NUM_SPLITS if small else 0, True)
-        schedule = metadata.scheduler_metadata
-        if schedule is None:
-            return metadata
-        size = len(schedule)
-        if self._graph_schedule is None or len(self._graph_schedule) < size:
-            self._graph_schedule = torch.zeros_like(schedule)
-        # What is behind the schedule must be zero: thread blocks may read it.
-        self._graph_schedule[size:] = 0
-        self._graph_schedule[:size] = schedule
-        return replace(metadata, scheduler_metadata=self._graph_schedule[:size])
+        schedule, key_start_loc = metadata.scheduler_metadata, metadata.key_start_loc
+        if schedule is not None:
+            metadata.scheduler_metadata = self._buffers.keep("schedule", schedule)
+        if key_start_loc is not None:
+            metadata.key_start_loc = self._buffers.keep("key_start_loc", key_start_loc)
+        return metadata
 
     def _build(
         self, common: CommonAttentionMetadata, max_num_splits: int, ahead_of_time: bool
@@ -201,9 +191,10 @@ class FlashAttentionMetadataBuilder(AttentionMetadataBuilder[FlashAttentionMetad
         return replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)
 
 
-class FlashAttentionImpl(AttentionImpl[FlashAttentionMetadata]):
-    """One call of the library. `do_kv_cache_update` must have run before `forward`."""
+class FlashAttentionImpl(PagedAttentionImpl[FlashAttentionMetadata]):
+    """One call of the library."""
 
+    name: ClassVar[str] = "FLASH_ATTN"
     can_return_lse_for_decode: ClassVar[bool] = True
     supports_quant_query_input: ClassVar[bool] = True
 
@@ -219,8 +210,6 @@ class FlashAttentionImpl(AttentionImpl[FlashAttentionMetadata]):
         """Raises UsageError without a variant, BackendUnavailableError without its library."""
         super().__init__(shape, kv_cache_dtype, attn_type, alibi_slopes, sinks, variant)
         self.kernels = load_kernels(variant)
-        self.is_quantized = is_quantized_kv_cache(kv_cache_dtype)
-        self.is_encoder = attn_type in _ENCODERS
         window = NO_WINDOW
         if self.sliding_window:
             left = self.sliding_window - 1
@@ -230,26 +219,9 @@ class FlashAttentionImpl(AttentionImpl[FlashAttentionMetadata]):
             window=window,
             soft_cap=self.logits_soft_cap,
             alibi_slopes=alibi_slopes,
-            # FA3 takes sinks in bf16 only, as models store them.
+            # FA3 and FA4 take sinks in bf16, as models store them.
             sinks=None if sinks is None else sinks.to(torch.bfloat16),
         )
-
-    def do_kv_cache_update(
-        self,
-        layer: AttentionLayer,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """By attnbench's own kernel: the libraries have none that follows a slot mapping."""
-        if self.is_encoder:
-            return
-        # Here, so that the class, which the selector asks, needs no triton.
-        from attnbench.backends.triton_attn_launch import write_kv_launch
-
-        scales = (layer._k_scale, layer._v_scale) if self.is_quantized else (None, None)
-        write_kv_launch(key, value, kv_cache, slot_mapping, *scales).run()
 
     def forward(
         self,
@@ -264,8 +236,7 @@ class FlashAttentionImpl(AttentionImpl[FlashAttentionMetadata]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `AttentionImpl.forward`; with an fp8 cache `query` may be fp8 already."""
-        if output_scale is not None or output_block_scale is not None:
-            raise UsageError("FLASH_ATTN does not quantise its output; call it without scales")
+        self.refuse_scales(output_scale, output_block_scale)
         if self.is_encoder:
             tokens = slice(attn_metadata.num_actual_tokens)
             new = (query[tokens], key[tokens], value[tokens], output[tokens])

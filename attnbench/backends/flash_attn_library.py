@@ -13,20 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-import torch
-
-from attnbench.backends.abstract import AttentionConfig
-from attnbench.backends.device import Device, DeviceCapability
+from attnbench.backends.device import Device
 from attnbench.errors import BackendUnavailableError, UsageError
-from attnbench.workload.types import AttentionType
-
-#: FlashAttention 2 and 3 end here; vLLM takes FlashAttention 4 above (fa_utils.py:60-180).
-MAX_HEAD_SIZE = 256
-#: FA3 refuses sinks of more query heads (vLLM's build, hopper/flash_api.cpp).
-MAX_SINK_HEADS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +28,8 @@ class Library:
     functions: what is called, and the parameters passed to it, all by keyword.
     page_multiple: the block sizes its paged kernels take.
     install: how to get it.
+    majors: the compute capabilities it has kernels for; empty: 8.0 and newer.
+    needs: a module its functions import when they are first called; imported with it.
     """
 
     variant: str
@@ -44,15 +38,19 @@ class Library:
     functions: Mapping[str, tuple[str, ...]]
     page_multiple: int
     install: str
+    majors: tuple[int, ...] = ()
+    needs: str = ""
 
     @property
     def kernel_pattern(self) -> str:
         """Found in the name of a kernel of every forward call. Read off the symbols of vLLM
         0.22.1's wheel; not yet seen on hardware."""
-        # Torch's own build of FA2 is in the namespace pytorch_flash.
+        # Torch's own build of FA2 is in the namespace pytorch_flash. A CuTe DSL kernel is named
+        # after its method and, run together, its module and its class.
         return {
             2: r"\bflash::flash_fwd_(splitkv_)?kernel",
             3: r"\bflash::FlashAttnFwdSm90",
+            4: r"kernel_\w*FlashAttentionForwardSm\d+",
         }[self.version]
 
     @property
@@ -61,11 +59,20 @@ class Library:
 
     @property
     def is_found(self) -> bool:
-        """Whether its package is installed; it may still fail to import."""
-        top = self.module.partition(".")[0]
-        if self.module in sys.modules or top in sys.modules:
+        """Whether its files are installed; it may still fail to import."""
+        if self.module in sys.modules:
             return True
-        return find_spec(top) is not None
+        top, *rest = self.module.split(".")
+        if top in sys.modules:
+            places = list(getattr(sys.modules[top], "__path__", ()))
+        else:
+            spec = find_spec(top)
+            if spec is None or not rest:
+                return spec is not None
+            places = list(spec.submodule_search_locations or ())
+        # Two libraries share the package flash_attn, and either may be there alone.
+        paths = [Path(place, *rest) for place in places]
+        return any(path.is_dir() or path.with_suffix(".py").is_file() for path in paths)
 
 
 _COMMON = (
@@ -87,6 +94,9 @@ _VLLM_INSTALL = (
     "vllm/vllm_flash_attn is imported)"
 )
 
+#: Of vLLM's check (flash_attn_interface.py); the paged kernels are for these.
+_FA4_MAJORS = (9, 10, 11)
+
 _LIBRARIES = (
     Library(
         variant="FA3",
@@ -100,6 +110,17 @@ _LIBRARIES = (
         },
         page_multiple=16,
         install=_VLLM_INSTALL,
+        majors=(9,),
+    ),
+    Library(
+        variant="FA4",
+        version=4,
+        module=_VLLM_MODULE,
+        functions={"flash_attn_varlen_func": (*_VLLM, "num_splits", "s_aux")},
+        page_multiple=16,
+        install=f"{_VLLM_INSTALL}; pip install 'nvidia-cutlass-dsl[cu13]==4.5.2' quack-kernels",
+        majors=_FA4_MAJORS,
+        needs="vllm.vllm_flash_attn.cute.interface",
     ),
     Library(
         variant="FA2",
@@ -125,6 +146,21 @@ _LIBRARIES = (
         page_multiple=16,
         install="build the hopper folder of github.com/Dao-AILab/flash-attention "
         "(pip install --no-build-isolation .)",
+        majors=(9,),
+    ),
+    Library(
+        variant="FA4_UPSTREAM",
+        version=4,
+        module="flash_attn.cute",
+        functions={
+            "flash_attn_varlen_func": (
+                *(*_COMMON, "k", "v", "cu_seqlens_k", "max_seqlen_k", "seqused_k", "page_table"),
+                *("learnable_sink", "num_splits", "return_lse"),
+            )
+        },
+        page_multiple=16,
+        install="pip install --pre 'flash-attn-4[cu13]'",
+        majors=_FA4_MAJORS,
     ),
     Library(
         variant="FA2_UPSTREAM",
@@ -156,56 +192,12 @@ def library(variant: str) -> Library:
 
 def variants_of(device: Device) -> tuple[str, ...]:
     """Variants whose kernels exist for `device`, all of them where that is not known."""
-    hopper = device.capability is None or device.capability.major == 9
-    return tuple(lib.variant for lib in _LIBRARIES if hopper or lib.version == 2)
-
-
-def refusal(variant: str, config: AttentionConfig, device: Device) -> str | None:
-    """Why the kernels of `variant` refuse `config`, None if they take it (or are unknown)."""
-    if variant not in LIBRARIES:
-        return None
-    lib = LIBRARIES[variant]
-    is_fp8 = config.kv_cache_dtype.startswith("fp8")
-    reads_cache = config.attn_type in (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
-    if config.head_size > MAX_HEAD_SIZE:
-        return (
-            f"head size {config.head_size} needs FlashAttention 4, which attnbench does not run "
-            f"yet; FA2 and FA3 end at {MAX_HEAD_SIZE}"
-        )
-    if not is_fp8 and not _is_same_dtype(config):
-        return f"a {config.kv_cache_dtype} KV cache needs queries of the same type"
-    if lib.version == 3:
-        capability = device.capability
-        if capability is not None and capability.major != DeviceCapability(9, 0).major:
-            return f"FA3 needs compute capability 9.x, {device} has {capability}"
-        if config.use_alibi:
-            return "FA3 has no ALiBi; ask for FLASH_ATTN:FA2"
-        if is_fp8 and config.dtype is not torch.bfloat16:
-            return "FA3 writes bf16 when the KV cache is fp8; use dtype=bf16"
-        if is_fp8 and config.head_size % 16:
-            return f"FA3's fp8 kernels take head sizes that are multiples of 16: {config.head_size}"
-        if is_fp8 and not reads_cache:
-            return "an fp8 KV cache has no meaning where nothing is cached; use kv=auto"
-        if config.has_sink and not lib.is_vllm:
-            return "sinks are in vLLM's build of FA3 only; ask for FLASH_ATTN:FA3"
-        if config.has_sink and config.num_heads > MAX_SINK_HEADS:
-            return f"FA3 takes sinks of at most {MAX_SINK_HEADS} query heads: {config.num_heads}"
-    else:
-        if config.has_sink:
-            return "FA2 has no sinks; FA3 (Hopper) has"
-        if is_fp8:
-            return "FA2 reads no fp8 KV cache; FA3 (Hopper) does"
-    if reads_cache and config.block_size is not None and config.block_size % lib.page_multiple:
-        return (
-            f"{variant} takes blocks of multiples of {lib.page_multiple} only; use "
-            f"block={lib.page_multiple}"
-        )
-    return None
-
-
-def _is_same_dtype(config: AttentionConfig) -> bool:
-    names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-    return config.kv_cache_dtype in ("auto", names.get(config.dtype))
+    capability = device.capability
+    return tuple(
+        lib.variant
+        for lib in _LIBRARIES
+        if capability is None or not lib.majors or capability.major in lib.majors
+    )
 
 
 def missing_reason(variant: str) -> str | None:
@@ -224,7 +216,9 @@ def require_any() -> None:
     if not any(lib.is_found for lib in _LIBRARIES):
         raise BackendUnavailableError(
             "neither vllm, flash_attn_interface nor flash_attn is installed; "
-            f"FA3 and FA2: {_VLLM_INSTALL}; FA2_UPSTREAM: {LIBRARIES['FA2_UPSTREAM'].install}"
+            f"FA3, FA4 and FA2: {_VLLM_INSTALL}; FA2_UPSTREAM: "
+            f"{LIBRARIES['FA2_UPSTREAM'].install}; FA4_UPSTREAM: "
+            f"{LIBRARIES['FA4_UPSTREAM'].install}"
         )
 
 
@@ -252,6 +246,8 @@ def load_module(lib: Library) -> ModuleType:
         if lib.is_vllm:
             with vllm_package():
                 module = importlib.import_module(lib.module)
+                if lib.needs:
+                    importlib.import_module(lib.needs)
         else:
             module = importlib.import_module(lib.module)
     # A library built for another torch or CUDA fails in many ways while it is imported.

@@ -6,14 +6,12 @@ second query (`q_v`) that meets the values: the latents themselves. Any query le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from attnbench.backends.abstract import AttentionConfig
-from attnbench.backends.builder import KVCacheSpec
 from attnbench.backends.declared.vllm_0_22_1 import FlashAttentionMLA
 from attnbench.backends.flash_attn import GRAPH_MAX_NUM_SPLITS, GRAPH_MAX_TOKENS
 from attnbench.backends.impl import MLALayer
@@ -25,8 +23,7 @@ from attnbench.backends.mla_backend import (
     LibraryMLAMetadata,
     QueryLenSupport,
 )
-from attnbench.backends.mla_libraries import MLA_LIBRARIES, MLALibrary, load_functions
-from attnbench.workload.types import AttentionShape, AttentionType
+from attnbench.backends.mla_libraries import MLALibrary
 
 NAME = "FLASH_ATTN_MLA"
 
@@ -45,48 +42,11 @@ class FlashAttentionMLADecode:
     """Parts a context is split into at most; 0: FA3 chooses."""
 
 
-class FlashAttentionMLABackend(LibraryMLABackend, FlashAttentionMLA):
-    """Variants: FA3 of vLLM's wheel, FA3_UPSTREAM of FlashAttention's own repository."""
-
-    install_hint: ClassVar[str] = MLA_LIBRARIES[NAME]["FA3"].install
-    #: `q_v` needs a rotary part of up to 64 numbers and values of 256 or more (flash_api.cpp).
-    latent_widths: ClassVar[tuple[tuple[int, int], ...]] = ((512, 64), (256, 64))
-
-    @classmethod
-    def get_impl_cls(cls) -> type[FlashAttentionMLAImpl]:
-        """Raises BackendUnavailableError when no FlashAttention 3 is installed."""
-        cls.require_library()
-        return FlashAttentionMLAImpl
-
-    @classmethod
-    def get_builder_cls(cls) -> type[FlashAttentionMLAMetadataBuilder]:
-        """Raises BackendUnavailableError when no FlashAttention 3 is installed."""
-        cls.require_library()
-        return FlashAttentionMLAMetadataBuilder
-
-    @classmethod
-    def library_refusal(cls, lib: MLALibrary, config: AttentionConfig) -> str | None:
-        if config.kv_cache_dtype.startswith("fp8"):
-            return "FA3's absorbed form reads no fp8 KV cache; ask for FLASHMLA"
-        return None
-
-
 class FlashAttentionMLAMetadataBuilder(LibraryMLABuilder[FlashAttentionMLADecode]):
     backend: ClassVar[str] = NAME
     query_len_support: QueryLenSupport = QueryLenSupport.VARLEN
     #: vLLM 0.22.1's: short prefills are cheaper in the absorbed form (mla/flashattn_mla.py:109).
     reorder_batch_threshold: int | None = 512
-
-    def __init__(
-        self,
-        spec: KVCacheSpec,
-        layer_names: Sequence[str],
-        device: torch.device,
-        variant: str = "",
-    ) -> None:
-        super().__init__(spec, layer_names, device, variant)
-        self.functions = load_functions(NAME, self.library)
-        self._graph_schedule: torch.Tensor | None = None
 
     def build_decode(
         self, batch: DecodeBatch, fast_build: bool, for_graph: bool
@@ -96,7 +56,7 @@ class FlashAttentionMLAMetadataBuilder(LibraryMLABuilder[FlashAttentionMLADecode
         num_splits = GRAPH_MAX_NUM_SPLITS if small else 0
         schedule = None if fast_build else self._schedule(batch, num_splits)
         if for_graph and schedule is not None:
-            schedule = self._kept(schedule)
+            schedule = self.graph_buffers.keep("schedule", schedule)
         return FlashAttentionMLADecode(
             query_start_loc=batch.query_start_loc,
             max_query_len=batch.max_query_len,
@@ -130,34 +90,9 @@ class FlashAttentionMLAMetadataBuilder(LibraryMLABuilder[FlashAttentionMLADecode
         )
         return schedule
 
-    def _kept(self, schedule: torch.Tensor) -> torch.Tensor:
-        size = len(schedule)
-        if self._graph_schedule is None or len(self._graph_schedule) < size:
-            self._graph_schedule = torch.zeros_like(schedule)
-        # What is behind the schedule must be zero: thread blocks may read it.
-        self._graph_schedule[size:] = 0
-        self._graph_schedule[:size] = schedule
-        return self._graph_schedule[:size]
-
 
 class FlashAttentionMLAImpl(LibraryMLAImpl[FlashAttentionMLADecode]):
-    """One call of the library. `do_kv_cache_update` must have run before either forward."""
-
     backend: ClassVar[str] = NAME
-    can_return_lse_for_decode: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        shape: AttentionShape,
-        kv_cache_dtype: str = "auto",
-        attn_type: AttentionType = AttentionType.DECODER,
-        alibi_slopes: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
-        variant: str = "",
-    ) -> None:
-        """Raises UsageError without a variant, BackendUnavailableError without its library."""
-        super().__init__(shape, kv_cache_dtype, attn_type, alibi_slopes, sinks, variant)
-        self.functions = load_functions(NAME, self.library)
 
     def forward_mqa(
         self,
@@ -205,3 +140,18 @@ class FlashAttentionMLAImpl(LibraryMLAImpl[FlashAttentionMLADecode]):
             output.copy_(out)
         by_token: torch.Tensor = lse.transpose(0, 1)
         return by_token
+
+
+class FlashAttentionMLABackend(LibraryMLABackend, FlashAttentionMLA):
+    """Variants: FA3 of vLLM's wheel, FA3_UPSTREAM of FlashAttention's own repository."""
+
+    impl_cls = FlashAttentionMLAImpl
+    builder_cls = FlashAttentionMLAMetadataBuilder
+    #: `q_v` needs a rotary part of up to 64 numbers and values of 256 or more (flash_api.cpp).
+    latent_widths: ClassVar[tuple[tuple[int, int], ...]] = ((512, 64), (256, 64))
+
+    @classmethod
+    def library_refusal(cls, lib: MLALibrary, config: AttentionConfig) -> str | None:
+        if config.kv_cache_dtype.startswith("fp8"):
+            return "FA3's absorbed form reads no fp8 KV cache; ask for FLASHMLA"
+        return None

@@ -41,6 +41,9 @@ class CommonAttentionMetadata:
     dcp_local_seq_lens: torch.Tensor | None = None
     """(num_reqs,), tokens held by this rank under decode context parallelism."""
     dcp_local_seq_lens_cpu: torch.Tensor | None = None
+    topk_indices_buffer: torch.Tensor | None = None
+    """(num_actual_tokens, topk_tokens) int32: positions within its request that each new token
+    attends to, -1 behind the last; None: dense. (vLLM's impl holds its indexer's buffer.)"""
     positions: torch.Tensor | None = None
     """(num_actual_tokens,), position of each new token in its sequence."""
     is_prefilling: torch.Tensor | None = None
@@ -88,6 +91,11 @@ class CommonAttentionMetadata:
             query_start_loc_cpu=self.query_start_loc_cpu[: num_actual_reqs + 1],
             slot_mapping=self.slot_mapping[:num_actual_tokens],
             positions=None if self.positions is None else self.positions[:num_actual_tokens],
+            topk_indices_buffer=(
+                None
+                if self.topk_indices_buffer is None
+                else self.topk_indices_buffer[:num_actual_tokens]
+            ),
             num_reqs=num_actual_reqs,
             num_actual_tokens=num_actual_tokens,
             **changes,

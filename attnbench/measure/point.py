@@ -16,7 +16,7 @@ from attnbench.backends.abstract import AttentionBackend
 from attnbench.backends.check import OutputCheck, check_output
 from attnbench.backends.device import Device
 from attnbench.backends.registry import backend_status, get_backend_class
-from attnbench.errors import AttnBenchError, TimerError
+from attnbench.errors import AttnBenchError, SelectionError, TimerError
 from attnbench.measure.environment import Environment, OtherLoad, read_conditions
 from attnbench.measure.gpu.clock import THROTTLE_THRESHOLD
 from attnbench.measure.gpu.nvml import invalidating_reasons, throttle_reasons
@@ -180,7 +180,12 @@ def _measure(
         read_conditions, context.environment.device_uuid, context.options.locked_clock_hz
     )
     conditions_before = look()
-    point = prepare(planned, batch)
+    is_graph = context.timer.execution == "graph"
+    try:
+        point = prepare(planned, batch, is_graph)
+    except SelectionError as refusal:
+        yield maker.row(Status.UNSUPPORTED, reasons=(str(refusal),))
+        return
 
     every = [point]  # and its twins, when a timer asks for some
 
@@ -223,7 +228,7 @@ def _measure(
         point.attend, attention_bytes(planned.workload), twins, poison, point.twin_bytes
     )
     timed = _Timed(planned, context, maker)
-    checked = ("before", "after_graph_replay" if context.timer.execution == "graph" else "after")
+    checked = ("before", "after_graph_replay" if is_graph else "after")
     conditions_after: Mapping[str, float] = {}
     for l2_state in context.timer.l2_states:
         del every[1:]
@@ -248,7 +253,8 @@ def _measure(
                 Status.INCORRECT, reasons=reasons, l2_state=l2_state, **facts(wrong, *checked)
             )
             return
-        if other := other_kernels(backend.kernel_patterns(planned.variant, context.device), row):
+        promised = backend.promised_kernels(planned.workload, planned.variant, context.device)
+        if other := next(filter(None, (other_kernels(group, row) for group in promised)), ""):
             # Right, and not what the row says it is: an ERROR, since no number is wrong.
             yield maker.row(
                 Status.ERROR,
@@ -326,7 +332,10 @@ class _Timed:
         timing = sample(timer.open(target, subject, l2_state), rule, target)
         how = {
             "timer": timer.name,
-            "execution": timer.execution,
+            # Metadata for a graph is other work than metadata for a call, and a series of its own.
+            "execution": (
+                context.timer.execution if metric is Metric.METADATA_BUILD else timer.execution
+            ),
             "l2_state": timing.l2_state,
             "reuse_distance_bytes": timing.reuse_distance_bytes,
             "timer_floor_s": floor_s,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, Self
@@ -12,9 +12,11 @@ import torch
 
 from attnbench.backends.abstract import AttentionBackend
 from attnbench.backends.batch import AttentionBatch
+from attnbench.backends.builder import AttentionCGSupport, AttentionMetadataBuilder
 from attnbench.backends.check import poison_
 from attnbench.backends.kv_cache import allocate_kv_cache, fill_context
 from attnbench.backends.registry import get_backend_class
+from attnbench.errors import SelectionError
 from attnbench.measure.plan import PlannedPoint
 from attnbench.store.record import Metric
 from attnbench.workload import AttentionType
@@ -58,27 +60,66 @@ class PreparedPoint(Protocol):
         ...
 
 
-def prepare(planned: PlannedPoint, batch: AttentionBatch) -> PreparedPoint:
-    """Allocate and fill what `planned` needs. New tokens are in the cache when this returns."""
+def prepare(planned: PlannedPoint, batch: AttentionBatch, for_graph: bool = False) -> PreparedPoint:
+    """Allocate and fill what `planned` needs. New tokens are in the cache when this returns.
+
+    Args:
+        for_graph: the calls are to be captured in a CUDA graph: metadata is built as an engine
+            builds it for its capture, in memory that stays, and without a pass for a shared prefix.
+
+    Raises:
+        SelectionError: `for_graph`, and the backend's metadata is not made for graphs of `batch`.
+    """
     backend = get_backend_class(planned.backend)
     if planned.workload.shape.is_mla:
-        return _PreparedMLA(planned, batch, backend)
-    return _PreparedAttention(planned, batch, backend)
+        return _PreparedMLA(planned, batch, backend, for_graph)
+    return _PreparedAttention(planned, batch, backend, for_graph)
+
+
+#: What each kind of support stands for, where it does not cover a batch.
+_CAPTURED = {
+    AttentionCGSupport.NEVER: "no batches",
+    AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE: "batches of one new token per request only",
+    AttentionCGSupport.UNIFORM_BATCH: "batches of one query length only",
+}
+
+
+def graph_refusal(name: str, support: AttentionCGSupport, query_lens: Sequence[int]) -> str | None:
+    """Why calls of backend `name` over such a batch are not captured; None: they may be."""
+    if support.covers(query_lens):
+        return None
+    lens = sorted(set(query_lens))
+    has = f"{lens[0]} to {lens[-1]}" if len(lens) > 1 else f"{lens[0]}"
+    return (
+        f"{name} builds metadata for CUDA graphs of {_CAPTURED[support]}, this one has "
+        f"{has} new tokens per request; use --timer event"
+    )
 
 
 class _Prepared:
     """What ordinary and latent attention share: builder, impl, cache, metadata."""
 
     def __init__(
-        self, planned: PlannedPoint, batch: AttentionBatch, backend: type[AttentionBackend]
+        self,
+        planned: PlannedPoint,
+        batch: AttentionBatch,
+        backend: type[AttentionBackend],
+        for_graph: bool,
     ) -> None:
         workload = planned.workload
         self.workload = workload
         self.batch = batch
         self.device = batch.query.device
-        self.builder = backend.get_builder_cls()(
-            batch.spec, ["layers.0.attn"], self.device, planned.variant
+        self.for_graph = for_graph
+        self.make_builder: Callable[[], AttentionMetadataBuilder[Any]] = partial(
+            backend.get_builder_cls(), batch.spec, ["layers.0.attn"], self.device, planned.variant
         )
+        self.builder = self.make_builder()
+        if for_graph:
+            name = f"{planned.backend}:{planned.variant}".rstrip(":")
+            query_lens = [request.query_len for request in batch.requests]
+            if reason := graph_refusal(name, self.builder.cudagraph_support, query_lens):
+                raise SelectionError(reason)
         make_impl: Callable[..., Any] = backend.get_impl_cls()
         self.impl = make_impl(
             workload.shape,
@@ -104,7 +145,7 @@ class _Prepared:
         self.build_metadata()
 
     def _cascade_prefix_len(self) -> int:
-        prefix = self.workload.common_prefix_len
+        prefix = 0 if self.for_graph else self.workload.common_prefix_len
         wanted = prefix > 0 and self.builder.use_cascade_attention(
             prefix,
             [r.query_len for r in self.batch.requests],
@@ -121,7 +162,11 @@ class _Prepared:
         return prefix if wanted else 0
 
     def build_metadata(self) -> None:
-        self.metadata = self.builder.build(self.common_prefix_len, self.batch.metadata)
+        if self.for_graph:
+            # Again for each step: the graph reads the memory of the first time.
+            self.metadata = self.builder.build_for_cudagraph_capture(self.batch.metadata)
+        else:
+            self.metadata = self.builder.build(self.common_prefix_len, self.batch.metadata)
 
     def twin(self) -> Self:
         twin = copy.copy(self)
@@ -135,6 +180,8 @@ class _Prepared:
             layer=copy.deepcopy(batch.layer),
         )
         twin.kv_cache = copy.deepcopy(self.kv_cache)  # with its strides, which clone() may lose
+        if self.for_graph:
+            twin.builder = self.make_builder()  # which keeps memory of its own
         twin.build_metadata()
         return twin
 
@@ -159,9 +206,13 @@ class _Prepared:
 
 class _PreparedAttention(_Prepared):
     def __init__(
-        self, planned: PlannedPoint, batch: AttentionBatch, backend: type[AttentionBackend]
+        self,
+        planned: PlannedPoint,
+        batch: AttentionBatch,
+        backend: type[AttentionBackend],
+        for_graph: bool,
     ) -> None:
-        super().__init__(planned, batch, backend)
+        super().__init__(planned, batch, backend, for_graph)
         self._make_ready()
 
     def _make_ready(self) -> None:
@@ -224,9 +275,13 @@ class _PreparedMLA(_Prepared):
     """
 
     def __init__(
-        self, planned: PlannedPoint, batch: AttentionBatch, backend: type[AttentionBackend]
+        self,
+        planned: PlannedPoint,
+        batch: AttentionBatch,
+        backend: type[AttentionBackend],
+        for_graph: bool,
     ) -> None:
-        super().__init__(planned, batch, backend)
+        super().__init__(planned, batch, backend, for_graph)
         self._make_ready()
 
     def _make_ready(self) -> None:

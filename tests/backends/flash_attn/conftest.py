@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from attnbench.backends import registry, triton_attn_launch
-from attnbench.backends.flash_attn_kernels import load_kernels
+from attnbench.backends.flash_attn_kernels import _num_splits, load_kernels
 from attnbench.backends.paged_ops import write_slots
 from tests.backends.flash_attn import fake_library
 
-Install = Callable[[str], list[fake_library.Call]]
+Install = Callable[..., list[fake_library.Call]]
 
 
 def forget() -> None:
     load_kernels.cache_clear()
+    _num_splits.cache_clear()
     registry.reload_entry_points()
 
 
@@ -41,8 +42,8 @@ def write_on_the_cpu(
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Makes a recorded library importable."""
+    """Makes a recorded library importable, on Hopper or the major capability given."""
     forget()
     monkeypatch.setattr(triton_attn_launch, "write_kv_launch", write_on_the_cpu)
-    yield lambda record: fake_library.install(monkeypatch, record)
+    yield lambda record, major=9: fake_library.install(monkeypatch, record, major)
     forget()

@@ -1,8 +1,8 @@
 """The FlashAttention libraries as they look from outside, computing with plain torch on the CPU.
 
 Signatures are the recorded ones (`signatures.json`): a parameter they lack is a TypeError. What the
-real kernels refuse is refused, with their words: the checks of hopper/flash_api.cpp and
-csrc/flash_attn/flash_api.cpp, and of vLLM's Python interface.
+real kernels refuse is refused, with their words: the checks of hopper/flash_api.cpp,
+csrc/flash_attn/flash_api.cpp and flash_attn/cute/interface.py, and of vLLM's Python interface.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "signatures.json"
 _DEFAULTS = {"torch": torch}
 HALF = (torch.float16, torch.bfloat16)
 FP8 = torch.float8_e4m3fn
+#: Compute capability of the device that is played.
+ARCH = {"major": 9}
 
 
 def check(ok: bool, message: str) -> None:
@@ -250,6 +252,54 @@ def fa2(
     return attend(a, keys, values, a.alibi_slopes, None)
 
 
+def fa4(
+    a: SimpleNamespace, table: torch.Tensor | None, sinks: torch.Tensor | None, is_vllm: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FA4's `_flash_attn_fwd`: paged with a table, dense with `a.cu_seqlens_k`."""
+    arch, size, batch = ARCH["major"], a.q.shape[-1], len(a.cu_seqlens_q) - 1
+    check(arch in (9, 10, 11), "paged KV not supported on this device")
+    check(a.q.dtype in HALF, "FP8 is given scales, which this function does not take")
+    check(a.q.dtype == a.k.dtype == a.v.dtype, "inputs must have the same dtype")
+    check(a.q.shape[1] % a.k.shape[-2] == 0, "num_head must be divisible by num_head_kv")
+    widths = (size, a.v.shape[-1])
+    if arch == 9:
+        fits = max(widths) <= (512 if is_vllm else 256)
+    else:
+        fits = max(widths) <= 128 or widths in ((192, 128), (256, 256))
+    fits = fits and all(width >= 8 and width % 8 == 0 for width in widths)
+    check(fits, f"(head_dim, head_dim_v)={widths} is not supported on SM{arch}0")
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
+        given = getattr(a, name)
+        if given is not None:
+            check(given.dtype is torch.int32, f"{name} must be int32")
+            check(given.is_contiguous(), f"{name} must be contiguous")
+    if sinks is not None:
+        check(tuple(sinks.shape) == (a.q.shape[1],), "learnable_sink must have shape (num_head,)")
+        check(sinks.dtype is torch.bfloat16, "learnable_sink must be bfloat16")
+    left, right = a.window_size if a.window_size is not None else (-1, -1)
+    if not is_vllm:
+        check(None in (left, right) or left + right >= 0, "a window without keys")
+        check(left is None or left >= 0, "a window that ends before it begins")
+        left, right = -1 if left is None else left, -1 if right is None else right
+        check(a.num_splits == 1 or arch != 9, "SplitKV not supported on SM 9.0")
+    seen = SimpleNamespace(**(vars(a) | {"window_size": (left, right)}))
+    if table is None:
+        keys, values = split(a.k, a.cu_seqlens_k), split(a.v, a.cu_seqlens_k)
+        return attend(seen, keys, values, None, sinks)
+    check(a.cu_seqlens_k is None, "page_table is not supported with cu_seqlens_k")
+    check_table(table, batch, "page_table")
+    check_lengths(a.seqused_k, batch, a.max_seqlen_k)
+    page = a.k.shape[1]
+    check(size != 256 or arch == 9 or not is_vllm, "head_dim=256 does not support seqused_k")
+    # Pages as long as a tile of keys come by TMA, which takes any head size.
+    is_tile = page == 128 and (arch != 9 or size <= 128)
+    check(is_tile or size % 16 == 0, "Paged KV does not support irregular head dim")
+    lengths = a.seqused_k.tolist()
+    keys = [pages(a.k, table, lengths, i) for i in range(batch)]
+    values = [pages(a.v, table, lengths, i) for i in range(batch)]
+    return attend(seen, keys, values, None, sinks)
+
+
 def vllm_varlen(a: SimpleNamespace) -> Any:
     assert (a.cu_seqlens_k is None) != (a.seqused_k is None)
     assert a.block_table is None or a.seqused_k is not None
@@ -262,6 +312,11 @@ def vllm_varlen(a: SimpleNamespace) -> Any:
             raise NotImplementedError("FA2 does not support this")
         lengths = None if a.seqused_k is None else a.seqused_k.tolist()
         result, lse = fa2(a, lengths, 16)
+    elif a.fa_version == 4:
+        assert a.alibi_slopes is None, "Alibi is not supported in FA4"
+        result, lse = fa4(a, a.block_table, a.s_aux, True)
+        shape = (*a.q.shape[:2], a.v.shape[-1])
+        check(a.out is None or tuple(a.out.shape) == shape, "out shape")
     else:
         assert a.fa_version == 3
         assert a.alibi_slopes is None, "Alibi is not supported in FA3"
@@ -284,6 +339,11 @@ def upstream_fa3_varlen(a: SimpleNamespace) -> torch.Tensor:
     return result.to(a.q.dtype)
 
 
+def upstream_fa4_varlen(a: SimpleNamespace) -> Any:
+    result, lse = fa4(a, a.page_table, a.learnable_sink, False)
+    return result.to(a.q.dtype), lse if a.return_lse else None
+
+
 def upstream_fa2_varlen(a: SimpleNamespace) -> Any:
     lengths = a.cu_seqlens_k.diff().tolist()
     check(a.cu_seqlens_k.dtype is torch.int32, "cu_seqlens_k must have dtype int32")
@@ -298,6 +358,7 @@ _BODIES: dict[str, dict[str, Callable[[SimpleNamespace], Any]]] = {
         "get_scheduler_metadata": schedule,
     },
     "flash-attn-2.8.3.post2": {"flash_attn_varlen_func": upstream_fa2_varlen},
+    "flash-attn-4-4.0.0b36": {"flash_attn_varlen_func": upstream_fa4_varlen},
     **{
         record: {
             "flash_attn_varlen_func": upstream_fa3_varlen,
@@ -309,19 +370,31 @@ _BODIES: dict[str, dict[str, Callable[[SimpleNamespace], Any]]] = {
 }
 
 
-def install(patch: pytest.MonkeyPatch, record: str) -> list[Call]:
-    """Make one recorded library importable. Returns its calls, filled as they come."""
+def install(patch: pytest.MonkeyPatch, record: str, major: int = 9) -> list[Call]:
+    """Make one recorded library importable, on a device of compute capability `major`.
+
+    Returns its calls, filled as they come.
+    """
     calls: list[Call] = []
-    name: str = RECORDED[record]["module"]
+    patch.setitem(ARCH, "major", major)
+    patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
+    module = _module(patch, RECORDED[record]["module"])
+    for function, body in _BODIES[record].items():
+        setattr(module, function, with_signature(record, function, body, calls))
+    if record.startswith("vllm"):
+        for version in (2, 3, 4):
+            setattr(module, f"FA{version}_AVAILABLE", True)
+        _module(patch, "vllm.vllm_flash_attn.cute.interface")
+    return calls
+
+
+def _module(patch: pytest.MonkeyPatch, name: str) -> ModuleType:
     parts = name.split(".")
     for depth in range(1, len(parts)):
         package = ModuleType(".".join(parts[:depth]))
         package.__path__ = []
-        patch.setitem(sys.modules, package.__name__, package)
+        if package.__name__ not in sys.modules:
+            patch.setitem(sys.modules, package.__name__, package)
     module = ModuleType(name)
-    for function, body in _BODIES[record].items():
-        setattr(module, function, with_signature(record, function, body, calls))
-    if record.startswith("vllm"):
-        module.FA2_AVAILABLE = module.FA3_AVAILABLE = True  # type: ignore[attr-defined]
     patch.setitem(sys.modules, name, module)
-    return calls
+    return module

@@ -9,7 +9,7 @@ import torch
 
 from attnbench.backends.builder import AttentionCGSupport
 from attnbench.backends.check import check_output, poison_, row_tolerance
-from attnbench.backends.device import cuda_device
+from attnbench.backends.device import Device, cuda_device
 from attnbench.backends.flash_attn import FlashAttentionBackend as Backend
 from attnbench.backends.flash_attn import FlashAttentionImpl
 from attnbench.backends.flash_attn_library import LIBRARIES
@@ -22,42 +22,49 @@ from tests.backends.flash_attn.fake_library import RECORDED
 from tests.backends.flash_attn.workloads import WORKLOADS
 from tests.backends.running import Run, config_of
 
-SM90 = cuda_device(9, 0)
+SM90, SM100 = cuda_device(9, 0), cuda_device(10, 0)
 BUILDS = [(record, variant) for record, facts in RECORDED.items() for variant in facts["variants"]]
 FA3_BUILDS = [(record, variant) for record, variant in BUILDS if LIBRARIES[variant].version == 3]
 
 
-def refused(variant: str, text: str) -> str | None:
+def refused(variant: str, text: str, device: Device = SM90) -> str | None:
     config = config_of(Workload.parse(text))
-    reasons = Backend.validate_configuration(config, SM90)
-    return "; ".join(reasons) or Backend.variant_refusal(variant, config, SM90)
+    reasons = Backend.validate_configuration(config, device)
+    return "; ".join(reasons) or Backend.variant_refusal(variant, config, device)
 
 
-def runnable(record: str, variant: str) -> list[Any]:
+def runnable(record: str, variant: str, device: Device) -> list[Any]:
     texts = WORKLOADS
     if variant == "FA2_UPSTREAM":
         texts = {n: text if "block=" in text else f"{text} block=256" for n, text in texts.items()}
     return [
-        pytest.param(record, variant, text, id=f"{record} {variant} {name}")
+        pytest.param(record, variant, device, text, id=f"{record} {device} {variant} {name}")
         for name, text in texts.items()
-        if refused(variant, text) is None
+        if refused(variant, text, device) is None
     ]
 
 
-CASES = [case for build in BUILDS for case in runnable(*build)]
+CASES = [
+    case
+    for record, variant in BUILDS
+    for device in (SM90, SM100)
+    if device == SM90 or LIBRARIES[variant].version == 4
+    for case in runnable(record, variant, device)
+]
 
 
 def test_every_workload_runs_somewhere_and_most_run_everywhere() -> None:
     names = [str(case.id).rpartition(f"{case.values[1]} ")[2] for case in CASES]
     assert set(names) == set(WORKLOADS)
-    assert len(CASES) > 0.6 * len(BUILDS) * len(WORKLOADS)
+    assert len(CASES) > 0.6 * (len(BUILDS) + 2) * len(WORKLOADS)
 
 
-@pytest.mark.parametrize(("record", "variant", "text"), CASES)
+@pytest.mark.parametrize(("record", "variant", "device", "text"), CASES)
 def test_output_equals_the_reference(
-    install: Install, record: str, variant: str, text: str
+    install: Install, record: str, variant: str, device: Device, text: str
 ) -> None:
-    calls = install(record)
+    assert device.capability is not None
+    calls = install(record, device.capability.major)
     check = Run(Backend, text, variant).check()
     assert check.ok, check.reason
     assert calls
@@ -107,6 +114,34 @@ def test_metadata_for_a_captured_graph(install: Install, record: str, variant: s
         assert first.data_ptr() == second.data_ptr()
     else:
         assert again.scheduler_metadata is None
+
+
+@pytest.mark.parametrize(("major", "splits"), [(9, 1), (10, 0)])
+def test_fa4_splits_contexts_where_it_can(install: Install, major: int, splits: int) -> None:
+    """0: it chooses, as vLLM lets it. On Hopper FlashAttention's own package refuses to."""
+    calls = install("flash-attn-4-4.0.0b36", major)
+    run = Run(Backend, "3q1s70 heads=4/2 head_size=64", "FA4_UPSTREAM")
+    run.attend()
+    assert calls[-1].arguments.num_splits == splits
+    calls = install("vllm-0.22.1", major)
+    run = Run(Backend, "3q1s70 heads=4/2 head_size=64", "FA4")
+    run.metadata = run.builder.build_for_cudagraph_capture(run.batch.metadata)
+    run.attend()
+    assert (calls[-1].arguments.num_splits, calls[-1].arguments.fa_version) == (0, 4)
+
+
+def test_a_running_sum_that_a_graph_reads_stays_where_it_is(install: Install) -> None:
+    install("flash-attn-2.8.3.post2")
+    run = Run(Backend, "2q1s40 heads=4/2 head_size=64 block=256", "FA2_UPSTREAM")
+    captured = run.builder.build_for_cudagraph_capture(run.batch.metadata)
+    place = captured.key_start_loc.data_ptr()
+    assert captured.key_start_loc.tolist() == [0, 40, 80]
+    run.batch.metadata.seq_lens.fill_(30)
+    assert run.builder.build(0, run.batch.metadata).key_start_loc.data_ptr() != place
+    assert captured.key_start_loc.tolist() == [0, 40, 80]
+    again = run.builder.build_for_cudagraph_capture(run.batch.metadata)
+    assert again.key_start_loc.data_ptr() == place
+    assert captured.key_start_loc.tolist() == [0, 30, 60]
 
 
 def test_many_tokens_are_captured_without_a_bound_on_the_splits(install: Install) -> None:
@@ -205,6 +240,6 @@ def test_a_quantised_output_is_refused(install: Install) -> None:
 def test_a_variant_must_be_named(install: Install) -> None:
     install("vllm-0.22.1")
     shape = Workload.parse("q1s9").shape
-    for name in ("", "fa3", "FA4"):
-        with pytest.raises(UsageError, match=r"no variant .*FA3, FA2, FA3_UPSTREAM"):
+    for name in ("", "fa3", "FA5"):
+        with pytest.raises(UsageError, match=r"no variant .*FA3, FA4, FA2, FA3_UPSTREAM"):
             FlashAttentionImpl(shape, variant=name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,7 +133,7 @@ def _write_vllm(folder: Path) -> None:
     (package / "__init__.py").write_text(
         "from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func\n"
     )
-    lines = ["FA2_AVAILABLE = FA3_AVAILABLE = True"]
+    lines = ["FA2_AVAILABLE = FA3_AVAILABLE = FA4_AVAILABLE = True"]
     for name in RECORDED["vllm-0.22.1"]["functions"]:
         parameters = ", ".join(
             n if default is None else f"{n}={default.replace('torch.bfloat16', 'None')}"
@@ -155,6 +157,16 @@ def test_vllm_s_kernel_files_alone_are_enough_and_vllm_itself_is_never_imported(
         )
         assert "vllm" not in sys.modules
         assert load_functions(library("FA2")).keys() == {"flash_attn_varlen_func"}
+        with pytest.raises(BackendUnavailableError, match=r"No module named .*cute.*quack-kernels"):
+            load_functions(library("FA4"))
+        cute = tmp_path / "vllm" / "vllm_flash_attn" / "cute"
+        cute.mkdir()
+        (cute / "utils.py").touch()
+        (cute / "interface.py").write_text("from vllm.vllm_flash_attn.cute import utils\n")
+        importlib.invalidate_caches()
+        assert load_functions(library("FA4")).keys() == {"flash_attn_varlen_func"}
+        assert "vllm.vllm_flash_attn.cute.interface" in sys.modules
+        assert "vllm" not in sys.modules
         with pytest.raises(RuntimeError, match="vLLM itself was imported"):
             __import__("vllm")
     finally:
@@ -169,7 +181,11 @@ def test_vllm_s_kernel_files_alone_are_enough_and_vllm_itself_is_never_imported(
         (SM80, {}, "FA2"),
         (SM90, {}, "FA3"),
         (SM90, {"use_alibi": True}, "FA2"),
-        (SM100, {}, "FA2"),  # vLLM takes FA4, which attnbench does not run yet
+        (SM90, {"head_size": 512}, "FA4"),
+        (SM100, {}, "FA4"),
+        (SM100, {"use_alibi": True}, "FA2"),
+        (SM100, {"head_size": 256}, "FA2"),
+        (SM100, {"use_batch_invariant": True}, "FA2"),
         (cuda_device(12, 0), {}, "FA2"),
     ],
 )
@@ -181,14 +197,15 @@ def test_the_default_is_the_version_vllm_takes(
     assert Backend.default_variant(config, device) in Backend.get_variants(device)
     selection = select(config, device, "FLASH_ATTN")
     assert selection.variant == variant
-    assert selection.candidates[0].note == (
-        "FA2 here, FA4 in vLLM 0.22.1" if device == SM100 else variant
-    )
+    assert selection.candidates[0].note == variant
 
 
 def test_variants_by_device() -> None:
-    assert Backend.get_variants(SM90) == ("FA3", "FA2", "FA3_UPSTREAM", "FA2_UPSTREAM")
-    assert Backend.get_variants(SM80) == Backend.get_variants(SM100) == ("FA2", "FA2_UPSTREAM")
+    upstream = ("FA3_UPSTREAM", "FA4_UPSTREAM", "FA2_UPSTREAM")
+    assert Backend.get_variants(SM90) == ("FA3", "FA4", "FA2", *upstream) == tuple(LIBRARIES)
+    assert Backend.get_variants(SM100) == ("FA4", "FA2", "FA4_UPSTREAM", "FA2_UPSTREAM")
+    for device in (SM80, cuda_device(12, 0)):
+        assert Backend.get_variants(device) == ("FA2", "FA2_UPSTREAM")
     with pytest.raises(SelectionError, match=r"FA3 needs compute capability 9\.x, sm80 has 8\.0"):
         select(PLAIN, SM80, "FLASH_ATTN:FA3")
 
@@ -210,7 +227,12 @@ def test_variants_by_device() -> None:
         ("FA2", {"kv_cache_dtype": "fp8_e4m3"}, "no fp8"),
         ("FA2_UPSTREAM", {"block_size": 16}, "multiples of 256"),
         ("FA2", {"kv_cache_dtype": "fp16"}, "same type"),
-        ("FA2", {"head_size": 512}, "FlashAttention 4"),
+        ("FA2", {"head_size": 512}, "up to 256, not 512; ask for FLASH_ATTN:FA4, on Hopper"),
+        ("FA3", {"head_size": 512}, "FA3 takes head sizes up to 256, not 512"),
+        ("FA4_UPSTREAM", {"head_size": 512}, "FA4_UPSTREAM takes head sizes up to 256, not 512"),
+        ("FA4", {"use_alibi": True}, "FA4 has no ALiBi"),
+        ("FA4", {"kv_cache_dtype": "fp8_e4m3"}, "no scales"),
+        ("FA4_UPSTREAM", {"head_size": 72}, "multiples of 16: 72"),
     ],
 )
 def test_what_a_variant_refuses(variant: str, changes: dict[str, Any], words: str) -> None:
@@ -223,6 +245,53 @@ def test_what_a_variant_refuses(variant: str, changes: dict[str, Any], words: st
     assert any(words in r for r in asked.candidates[0].reasons)
 
 
+@pytest.mark.parametrize(
+    ("variant", "changes", "words"),
+    [
+        ("FA4", {}, ""),
+        ("FA4", {"has_sink": True, "num_heads": 128}, ""),
+        ("FA4", {"head_size": 192}, "FA4 takes head sizes up to 128 on sm100, not 192"),
+        ("FA4", {"head_size": 256}, "up to 128 on sm100, not 256; ask for FLASH_ATTN:FA2"),
+        ("FA4_UPSTREAM", {"head_size": 192}, "up to 128 and 256 on sm100, not 192"),
+        ("FA4_UPSTREAM", {"head_size": 256}, ""),
+        ("FA4", {"head_size": 72, "attn_type": AttentionType.ENCODER}, ""),
+        ("FA3", {}, "FA3 needs compute capability 9.x, sm100 has 10.0"),
+    ],
+)
+def test_what_fa4_takes_on_blackwell(variant: str, changes: dict[str, Any], words: str) -> None:
+    reason = Backend.variant_refusal(variant, PLAIN._replace(**changes), SM100)
+    assert bool(reason) == bool(words)
+    assert words in (reason or "")
+
+
+def test_fa4_is_for_hopper_and_blackwell() -> None:
+    for device, has in ((SM80, "8.0"), (cuda_device(12, 0), "12.0")):
+        reason = Backend.variant_refusal("FA4", PLAIN, device)
+        assert reason is not None
+        assert reason.endswith(f"FA4 needs compute capability 9.x, 10.x, 11.x, {device} has {has}")
+
+
+def test_two_libraries_of_one_package_are_told_apart(
+    nothing: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`flash_attn` may hold FA2, FA4 (its `cute` folder), or both."""
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(
+        "attnbench.backends.flash_attn_library.find_spec",
+        lambda name: spec if name == "flash_attn" else None,
+    )
+    found = [lib.variant for lib in LIBRARIES.values() if lib.is_found]
+    assert found == []
+    (tmp_path / "cute").mkdir()
+    assert [lib.variant for lib in LIBRARIES.values() if lib.is_found] == ["FA4_UPSTREAM"]
+    reason = Backend.variant_unavailable("FA2", SM90)
+    assert reason is not None
+    assert reason.endswith("also installed: FLASH_ATTN:FA4_UPSTREAM")
+    (tmp_path / "flash_attn_interface.py").touch()
+    both = [lib.variant for lib in LIBRARIES.values() if lib.is_found]
+    assert both == ["FA4_UPSTREAM", "FA2_UPSTREAM"]
+
+
 def test_blocks_matter_only_where_a_cache_is_read() -> None:
     config = PLAIN._replace(block_size=16, attn_type=AttentionType.ENCODER)
     assert Backend.variant_refusal("FA2_UPSTREAM", config, SM90) is None
@@ -231,9 +300,9 @@ def test_blocks_matter_only_where_a_cache_is_read() -> None:
 @pytest.mark.parametrize(
     ("device", "changes", "words"),
     [
-        (SM90, {"head_size": 512}, "FlashAttention 4"),
-        (SM100, {"has_sink": True}, "FA2 has no sinks"),
+        (SM100, {"head_size": 512}, "FA2 takes head sizes up to 256, not 512"),
         (SM90, {"has_sink": True, "use_alibi": True}, "FA2 has no sinks"),
+        (SM90, {"head_size": 264}, "FA4 reads a paged cache of head sizes that are multiples"),
     ],
 )
 def test_what_only_vllm_can_run_is_refused_here_and_followed_still_says_vllm_s_choice(

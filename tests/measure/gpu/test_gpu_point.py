@@ -40,6 +40,7 @@ def measured(
     workload: Workload = SMALL,
     backend: str = "CPU_ATTN",
     rated_clock_hz: float = 0.0,
+    variant: str = "",
 ) -> list[Measurement]:
     gpu_timer = GpuTimer(timer, l2_states, rated_clock_hz, make_gpu=lambda: gpu)
     context = PointContext(
@@ -53,7 +54,7 @@ def measured(
         host_floor_s=1e-7,
         truths=TruthCache(),
     )
-    return measure_point(PlannedPoint(workload, backend), context)
+    return measure_point(PlannedPoint(workload, backend, variant), context)
 
 
 @pytest.fixture
@@ -107,6 +108,8 @@ def test_cold_and_hot_are_two_rows_and_the_host_a_third(
     by_metric = {row.metric: row for row in rows[2:]}
     for metric in (Metric.HOST, Metric.METADATA_BUILD):
         assert (by_metric[metric].timer, by_metric[metric].timer_floor_s) == ("wall", 1e-7)
+    assert by_metric[Metric.METADATA_BUILD].execution == execution
+    assert by_metric[Metric.HOST].execution == "eager"
     assert len({row.key for row in rows}) == len(rows)
     assert cold.checked[-1] == ("after_graph_replay" if timer == "graph" else "after")
 

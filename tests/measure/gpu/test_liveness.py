@@ -113,6 +113,11 @@ def _row(backend: str, variant: str, names: tuple[str, ...]) -> Measurement:
     return maker.row(Status.OK, kernel_names=names)
 
 
+def row_with(names: tuple[str, ...]) -> Measurement:
+    """A row whose timer saw these kernels."""
+    return _row("CPU_ATTN", "", names)
+
+
 #: Variant -> lists of kernels it may launch; every other list below is a fallback.
 KERNELS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("FLASH_ATTN", "FA2"): [(FA2,), (FA2_SPLIT, FA2_COMBINE)],
@@ -154,3 +159,20 @@ def test_our_triton_backends_launch_what_they_promise(case: AotCase) -> None:
     names = tuple(launch.kernel.__name__ for launch in case.launches(SM90, "bf16"))
     patterns = get_backend_class(backend).kernel_patterns("", SM90)
     assert other_kernels(patterns, _row(backend, "", names)) == ""
+
+
+def test_every_group_of_a_promise_must_be_kept(
+    launching: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of both phases: decode's kernel alone is not the variant."""
+    backend = get_backend_class("CPU_ATTN")
+    promised = (("^decode",), ("^prefill", "^extend"))
+    monkeypatch.setattr(backend, "promised_kernels", classmethod(lambda *_: promised))
+    for names, status in (
+        (("decode<1>", "merge"), Status.ERROR),
+        (("prefill<1>",), Status.ERROR),
+        (("extend<1>", "decode<1>"), Status.OK),
+    ):
+        gpu = SimulatedGpu()
+        launching(gpu, names, ())
+        assert row_of(gpu, "graph").status == status, names
