@@ -1,10 +1,40 @@
-"""Which pages each block of query rows reads: the block lists of FLEX_ATTENTION's mask."""
+"""Blocks of FLEX_ATTENTION's mask: their sizes, and which pages each block of queries reads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
+#: Query rows of one block of the mask. Single-token decodes have one row a block on the CPU, where
+#: a block of several requests would compute all their keys for each of them.
+_CPU_ROWS = 32
+#: The smallest tile `tl.dot` takes.
+_MIN_TILE = 16
+#: Off the CPU queries of this many tokens and more are worth the largest tile.
+_LONG_QUERY = 128
+_MAX_KEYS = 64
+#: Bytes of one row of a head up to which a tile of so many rows fits: torch's own defaults for the
+#: widths it tabulates (torch/_inductor/template_heuristics/triton.py, forward of flex attention).
+_ROWS_BY_BYTES = ((256, 128), (512, 64))
+
+
+def query_block_rows(max_query_len: int, device_type: str) -> int:
+    """Rows of a block of the mask for a batch whose longest query this is."""
+    if device_type == "cpu":
+        return 1 if max_query_len == 1 else _CPU_ROWS
+    if max_query_len == 1:
+        return _MIN_TILE
+    return _CPU_ROWS if max_query_len < _LONG_QUERY else _LONG_QUERY
+
+
+def kernel_tile(mask_block: tuple[int, int], head_size: int, element_size: int) -> tuple[int, int]:
+    """Rows and keys of one tile of the GPU kernel: powers of two that divide the mask's block."""
+    rows, keys = mask_block
+    row_bytes = head_size * element_size
+    most = next((rows for size, rows in _ROWS_BY_BYTES if row_bytes <= size), 2 * _MIN_TILE)
+    most_keys = _MAX_KEYS if row_bytes <= _ROWS_BY_BYTES[0][0] else _MAX_KEYS // 2
+    return min(rows, most), min(keys & -keys, most_keys)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ time, and shown apart as `page_gather`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnbench.backends.abstract import AttentionConfig
-from attnbench.backends.builder import AttentionMetadataBuilder
+from attnbench.backends.builder import AttentionMetadataBuilder, KVCacheSpec
 from attnbench.backends.cache_shapes import PairedCacheBackend
 from attnbench.backends.device import Device
 from attnbench.backends.dtypes import FLOAT_AND_FP8_CACHES
@@ -26,6 +26,7 @@ from attnbench.backends.impl import AttentionImpl, AttentionLayer
 from attnbench.backends.masks import additive, alibi_bias, visible
 from attnbench.backends.metadata import CommonAttentionMetadata
 from attnbench.backends.paged_ops import dequantize, gather_heads, write_slots
+from attnbench.backends.sdpa_refusal import sdpa_refusal
 from attnbench.errors import SelectionError
 from attnbench.workload.types import AttentionType
 
@@ -40,14 +41,17 @@ _VARIANTS = {
     "cuda": ("", "flash", "cudnn", "efficient", "math"),
     "rocm": ("", "flash", "efficient", "math"),
 }
-#: Kernels of torch's CUDA builds, by the names other people's profiles show; not yet seen by us.
-#: ROCm's come from AOTriton, whose names we do not know.
-_KERNEL_PATTERNS = {
+#: Kernels of torch's CUDA builds, by the names other people's profiles show, and those of AOTriton
+#: in builds for ROCm, by its source; neither yet seen by us.
+_CUDA_PATTERNS = {
     "flash": (r"\bpytorch_flash::flash_fwd_(splitkv_)?kernel",),
     "cudnn": (r"^cudnn_.*sdpa",),
     "efficient": (r"^fmha_cutlassF",),
     "math": (r"(?i)softmax",),
 }
+_AOTRITON = (r"\battn_fwd",)
+_ROCM_PATTERNS = {"flash": _AOTRITON, "efficient": _AOTRITON, "math": (r"(?i)softmax",)}
+_PATTERNS = {"cuda": _CUDA_PATTERNS, "rocm": _ROCM_PATTERNS}
 
 
 class TorchSDPABackend(PairedCacheBackend):
@@ -78,16 +82,12 @@ class TorchSDPABackend(PairedCacheBackend):
 
     @classmethod
     def variant_refusal(cls, variant: str, config: AttentionConfig, device: Device) -> str | None:
-        """What torch says when it is run; masks of single batches are refused only then."""
-        if variant == "flash" and config.v_head_size not in (None, config.head_size):
-            return "torch's flash kernel needs values as wide as keys; ask for TORCH_SDPA:math"
-        if variant == "flash" and config.use_alibi:
-            return "torch's flash kernel takes no bias by head; ask for TORCH_SDPA:math"
-        return None
+        """What torch says when it is run; a batch's masks and lengths are asked by the builder."""
+        return sdpa_refusal(variant, config, device)
 
     @classmethod
     def kernel_patterns(cls, variant: str, device: Device) -> tuple[str, ...]:
-        return _KERNEL_PATTERNS.get(variant, ()) if device.kind == "cuda" else ()
+        return _PATTERNS.get(device.kind, {}).get(variant, ())
 
     @classmethod
     def supports_attn_type(cls, attn_type: AttentionType) -> bool:
@@ -153,13 +153,26 @@ class TorchSDPAMetadata:
 class TorchSDPAMetadataBuilder(AttentionMetadataBuilder[TorchSDPAMetadata]):
     """Groups requests by (query length, number of keys), longest first."""
 
+    def __init__(
+        self,
+        spec: KVCacheSpec,
+        layer_names: Sequence[str],
+        device: torch.device,
+        variant: str = "",
+    ) -> None:
+        super().__init__(spec, layer_names, device, variant)
+        self.on_cpu = device.type == "cpu"
+
     def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> TorchSDPAMetadata:
-        """`common_prefix_len` changes nothing: a gathered prefix is copied per request."""
+        """`common_prefix_len` changes nothing: a gathered prefix is copied per request.
+
+        Raises: SelectionError when the variant asked for has no kernel for some of the requests.
+        """
         common = common_attn_metadata
         starts = common.query_start_loc_cpu.tolist()
         seq_lens = common.seq_lens_cpu if common.seq_lens_cpu is not None else common.seq_lens.cpu()
@@ -171,7 +184,22 @@ class TorchSDPAMetadataBuilder(AttentionMetadataBuilder[TorchSDPAMetadata]):
             self._group(common, lengths, requests, starts)
             for lengths, requests in sorted(members.items(), reverse=True)
         ]
+        if reason := next(filter(None, map(self._refusal, groups)), ""):
+            raise SelectionError(
+                f"TORCH_SDPA:{self.variant} {reason}; use --backend TORCH_SDPA, where torch chooses"
+            )
         return TorchSDPAMetadata(groups=tuple(groups))
+
+    def _refusal(self, group: SDPAGroup) -> str:
+        """Why the variant has no kernel for a group, as torch's rules say; "": it may have."""
+        if self.on_cpu:
+            return ""
+        if self.variant == "flash" and group.mask is not None:
+            lengths = f"{group.query_len} new tokens over {group.num_keys} keys"
+            return f"takes no mask, and {lengths} need one"
+        if self.variant == "cudnn" and group.num_keys == 1:
+            return "takes two keys at least, and a request of this batch has one"
+        return ""
 
     def _group(
         self,
@@ -189,13 +217,14 @@ class TorchSDPAMetadataBuilder(AttentionMetadataBuilder[TorchSDPAMetadata]):
         first_query = seq_len - query_len
         first_key = max(0, first_query - window + 1) if window and common.causal else 0
         first_block = first_key // block_size
-        query_positions = torch.arange(first_query, seq_len, device=device)
-        key_positions = torch.arange(first_key, seq_len, device=device)
+        query_positions = torch.arange(first_query, seq_len)
+        key_positions = torch.arange(first_key, seq_len)
         square = query_len == seq_len and not window
         mask = None
         if not (common.causal and square):
+            # On the host, where nobody waits for the device to look at it.
             seen = visible(query_positions, key_positions, common.causal, window)
-            mask = None if bool(seen.all()) else seen
+            mask = None if bool(seen.all()) else seen.to(device)
         first_rows = torch.tensor([starts[r] for r in requests], device=device)
         token_index = first_rows[:, None] + torch.arange(query_len, device=device)
         last_block = -(-seq_len // block_size)
@@ -209,8 +238,8 @@ class TorchSDPAMetadataBuilder(AttentionMetadataBuilder[TorchSDPAMetadata]):
             num_keys=seq_len - first_key,
             is_causal=common.causal and square,
             mask=mask,
-            query_positions=query_positions,
-            key_positions=key_positions,
+            query_positions=query_positions.to(device),
+            key_positions=key_positions.to(device),
         )
 
 

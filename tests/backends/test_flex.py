@@ -6,19 +6,21 @@ it reads only the blocks that the block mask lists. So both are tested, and thei
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from attnbench.backends import flex_attention
+from attnbench.backends import flex_attention, flex_metadata
 from attnbench.backends.device import Device
 from attnbench.backends.flex_attention import FlexAttentionBackend
+from attnbench.backends.flex_blocks import kernel_tile, query_block_rows
 from attnbench.backends.kv_cache import HIDDEN_POISON
 from attnbench.backends.registry import backend_status
 from attnbench.workload import Workload
-from tests.backends.running import Run, config_of, refusals
+from tests.backends.running import CPU, Run, config_of, refusals
 from tests.backends.test_torch_backends import SMALL, WORKLOADS
 
 # torch's compiler itself uses what torch deprecates.
@@ -87,7 +89,10 @@ def test_mask_and_score_functions(name: str) -> None:
 )
 def test_block_lists_agree_with_the_mask(text: str) -> None:
     """Every visible slot is in a listed block, fully listed blocks hide nothing, none is twice."""
-    run = Run(FlexAttentionBackend, text)
+    assert_lists_agree_with_the_mask(Run(FlexAttentionBackend, text))
+
+
+def assert_lists_agree_with_the_mask(run: Run) -> None:
     mask = run.metadata.block_mask
     num_tokens, (rows, width) = len(run.batch.query), mask.BLOCK_SIZE
     slots = torch.arange(run.metadata.num_blocks * width)
@@ -102,6 +107,121 @@ def test_block_lists_agree_with_the_mask(text: str) -> None:
         needed = set(blocks.any(2).any(0).nonzero().flatten().tolist())
         assert needed == {*partial, *full}
         assert all(bool(blocks[:, block].all()) for block in full)
+
+
+GPU_TEXTS = [
+    f"33q1s20_q70s100_2q40 {SMALL} block=16",
+    f"q70s100_q33_2q3s90 {SMALL} window=37 block=32",
+    f"q150_q1s40 {SMALL} block=16",
+    f"17q1s200 {SMALL} block=48",
+]
+
+
+@pytest.mark.parametrize("text", GPU_TEXTS)
+@pytest.mark.usefixtures("uncompiled")
+def test_the_mask_of_a_gpu(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Its blocks of queries are larger: the same pages, and the right output over them."""
+    rows = {0: 0}
+
+    def as_on_a_gpu(max_query_len: int, device_type: str) -> int:
+        rows[0] = query_block_rows(max_query_len, "cuda")
+        return rows[0]
+
+    monkeypatch.setattr(flex_metadata, "query_block_rows", as_on_a_gpu)
+    run = Run(FlexAttentionBackend, text)
+    assert (rows[0], run.workload.block_size) == run.metadata.block_mask.BLOCK_SIZE
+    assert_lists_agree_with_the_mask(run)
+    run.kv_cache.nan_to_num_(HIDDEN_POISON)
+    result = run.check()
+    assert result.ok, result.reason
+
+
+def test_blocks_of_queries_by_the_longest_one() -> None:
+    assert [query_block_rows(n, "cpu") for n in (1, 2, 4096)] == [1, 32, 32]
+    assert [query_block_rows(n, "cuda") for n in (1, 2, 127, 128, 4096)] == [16, 32, 32, 128, 128]
+    # What is compiled for tells them apart.
+    sm90 = Device("cuda", "sm90")
+    keys = [
+        FlexAttentionBackend.compilation_key(Workload.parse(f"{spec} {SMALL}"), "", sm90)
+        for spec in ("2q1s40", "2q4s40", "2q40", "2q130")
+    ]
+    assert len(set(keys)) == 3
+    assert keys[1] == keys[2]
+
+
+@pytest.mark.parametrize(
+    ("mask_block", "head_size", "dtype", "tile"),
+    [
+        ((16, 16), 128, torch.bfloat16, (16, 16)),
+        ((32, 16), 128, torch.bfloat16, (32, 16)),
+        ((128, 16), 128, torch.bfloat16, (128, 16)),
+        ((128, 64), 128, torch.bfloat16, (128, 64)),
+        ((128, 256), 128, torch.bfloat16, (128, 64)),
+        ((128, 48), 128, torch.bfloat16, (128, 16)),
+        ((128, 256), 128, torch.float32, (64, 32)),
+        ((128, 256), 256, torch.bfloat16, (64, 32)),
+        ((128, 256), 512, torch.bfloat16, (32, 32)),
+        ((16, 256), 512, torch.bfloat16, (16, 32)),
+    ],
+)
+def test_a_gpu_tile_divides_the_mask_s_block(
+    mask_block: tuple[int, int], head_size: int, dtype: torch.dtype, tile: tuple[int, int]
+) -> None:
+    assert kernel_tile(mask_block, head_size, dtype.itemsize) == tile
+    assert [block % size for block, size in zip(mask_block, tile, strict=True)] == [0, 0]
+
+
+def test_off_the_cpu_it_asks_for_the_one_kernel_it_promises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    def seen(query: torch.Tensor, *_: Any, kernel_options: Any, **__: Any) -> torch.Tensor:
+        asked.append(kernel_options)
+        return query
+
+    monkeypatch.setattr(flex_attention, "flex_attention", seen)
+    mask = Run(FlexAttentionBackend, f"3q1s70 {SMALL}").metadata.block_mask
+    mask.BLOCK_SIZE = (16, 64)
+    for where in ("cpu", "meta"):
+        x = torch.empty((1, 4, 2, 128), dtype=torch.bfloat16, device=where)
+        flex_attention._attend(x, x, x, None, mask, 1.0)
+    assert asked == [None, {"BACKEND": "TRITON", "BLOCK_M": 16, "BLOCK_N": 64}]
+    for device, promised in ((Device("cuda", "sm90"), 1), (Device("rocm", "gfx942"), 1), (CPU, 0)):
+        patterns = FlexAttentionBackend.kernel_patterns("", device)
+        assert len(patterns) == promised
+        for pattern in patterns:
+            assert re.search(pattern, "triton_tem_fused_flex_attention_0")
+            assert not re.search(pattern, "triton_per_fused__softmax_0")
+
+
+def test_torch_told_not_to_compile_is_no_time_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    sm90 = Device("cuda", "sm90")
+    assert FlexAttentionBackend.unavailable_reason(sm90) is None
+    with torch._dynamo.config.patch(disable=True):
+        reason = FlexAttentionBackend.unavailable_reason(sm90)
+    assert reason is not None
+    assert "unset TORCHDYNAMO_DISABLE" in reason
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert FlexAttentionBackend.unavailable_reason(sm90) == reason
+
+
+def test_an_error_of_the_compiler_is_an_error_although_torch_is_told_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With `suppress_errors` torch runs what it could not compile, unfused."""
+
+    def fails(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no kernel")
+
+    function = torch.compile(flex_attention._attend, backend=fails, dynamic=True)
+    monkeypatch.setattr(flex_attention, "_compiled", lambda *key: function)
+    torch._dynamo.reset()
+    with (
+        torch._dynamo.config.patch(suppress_errors=True),
+        pytest.raises(torch._dynamo.exc.BackendCompilerFailed),
+    ):
+        Run(FlexAttentionBackend, f"3q1s70 {SMALL}").attend()
 
 
 def test_a_prefill_has_full_blocks() -> None:
@@ -139,8 +259,16 @@ def test_compiled(texts: list[str]) -> None:
         assert result.ok, f"{text}: {result.reason}"
 
 
-@pytest.mark.usefixtures("uncompiled")
-def test_a_recompile_limit_is_an_error_and_never_a_fallback() -> None:
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_recompile_limit_is_an_error_and_never_a_fallback(
+    monkeypatch: pytest.MonkeyPatch, fullgraph: bool
+) -> None:
+    """Of `fullgraph` alone, and of the setting alone: torch 2.13 takes either for an error."""
+    function = torch.compile(
+        flex_attention._attend, backend="eager", dynamic=True, fullgraph=fullgraph
+    )
+    monkeypatch.setattr(flex_attention, "_compiled", lambda *key: function)
+    torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=1):
         Run(FlexAttentionBackend, f"3q1s70 {SMALL}").attend()
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):

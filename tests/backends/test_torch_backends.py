@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,7 +17,7 @@ from attnbench.backends.paged_ops import quantize
 from attnbench.backends.torch_sdpa import TorchSDPABackend
 from attnbench.errors import SelectionError
 from attnbench.workload import Workload
-from tests.backends.running import Run, config_of, refusals
+from tests.backends.running import CPU, Run, config_of, refusals
 
 BACKENDS = [TorchSDPABackend, CPUAttentionBackend]
 SMALL = "dtype=fp32 heads=4/2 head_size=64"
@@ -122,7 +125,7 @@ def test_cpu_attn_in_small_tiles(monkeypatch: pytest.MonkeyPatch, text: str) -> 
     """The same result when requests are cut into many splits, chunks and row tiles."""
     module = "attnbench.backends.cpu_attn"
     monkeypatch.setattr("attnbench.backends.split_kv.SPLIT_TOKENS", 32)
-    monkeypatch.setattr(f"{module}._SPLIT_TILE_BYTES", 3 * 32 * 2 * 64 * 4)
+    monkeypatch.setattr(f"{module}_metadata._SPLIT_TILE_BYTES", 3 * 32 * 2 * 64 * 4)
     monkeypatch.setattr(f"{module}._PREFILL_CHUNK_BYTES", 27 * 2 * 64 * 4)
     monkeypatch.setattr(f"{module}._MASKED_TILE", 25)
     result = Run(CPUAttentionBackend, text).check()
@@ -136,7 +139,7 @@ def test_not_causal_over_the_cache(
 ) -> None:
     """`causal=False` (drafting, multimodal spans): the formula, on the batch's dense K and V."""
     monkeypatch.setattr("attnbench.backends.split_kv.SPLIT_TOKENS", 4)
-    monkeypatch.setattr("attnbench.backends.cpu_attn._SPLIT_TILE_BYTES", 1)
+    monkeypatch.setattr("attnbench.backends.cpu_attn_metadata._SPLIT_TILE_BYTES", 1)
     features = f"block=4 window={window}" if window else ""
     run = Run(backend, f"q12s40_q8s20_q1s9 {SMALL} {features}")
     batch = run.batch
@@ -213,6 +216,141 @@ def test_a_variant_never_becomes_another_kernel() -> None:
     run = Run(TorchSDPABackend, f"2q30s40 {SMALL} v_head_size=32", "flash")
     with pytest.raises(SelectionError, match=r"TORCH_SDPA:flash has no kernel .* torch chooses"):
         run.attend()
+
+
+SM75, SM80, SM90, MI300 = (
+    cuda_device(7, 5),
+    cuda_device(8, 0),
+    cuda_device(9, 0),
+    Device("rocm", "gfx942"),
+)
+
+
+@pytest.mark.parametrize(
+    ("variant", "text", "device", "reason"),
+    [
+        ("flash", "q1s70 v_head_size=64", SM90, "needs values as wide as keys"),
+        ("flash", "q1s70 v_head_size=64", CPU, "needs values as wide as keys"),
+        ("flash", "q1s70 dtype=fp32 alibi=1", CPU, "takes no bias by head"),
+        ("flash", "q1s70 dtype=fp32", SM90, "is fp16 or bf16"),
+        ("flash", "q1s70 dtype=fp32", CPU, None),
+        ("flash", "q1s70 head_size=256", SM90, None),
+        ("flash", "q1s70 head_size=288", SM90, "takes heads of at most 256 numbers"),
+        ("flash", "q1s70 head_size=512", MI300, None),
+        ("flash", "q1s70 head_size=520", MI300, "takes heads of at most 512 numbers"),
+        ("flash", "q1s70", SM75, "needs compute capability 8.0, sm75 has 7.5"),
+        ("flash", "q1s70 window=9", SM90, None),
+        ("cudnn", "q1s70", SM90, None),
+        ("cudnn", "q1s70 dtype=fp32", SM90, "is fp16 or bf16"),
+        ("cudnn", "q1s70 head_size=100", SM90, "takes heads of multiples of 8 numbers"),
+        ("cudnn", "q1s70 v_head_size=100", SM90, "takes heads of multiples of 8 numbers"),
+        ("cudnn", "q1s70 head_size=256", SM90, None),
+        ("cudnn", "q1s70 head_size=256", SM80, "takes heads of at most 128 numbers here"),
+        ("cudnn", "q1s70 v_head_size=264", SM90, "takes heads of at most 256 numbers here"),
+        ("cudnn", "q1s70", SM75, "needs compute capability 8.0, sm75 has 7.5"),
+        ("efficient", "q1s70 v_head_size=64", SM80, None),
+        (
+            "efficient",
+            "q1s70 head_size=100",
+            SM80,
+            "takes heads of multiples of 8 numbers in this dtype",
+        ),
+        ("efficient", "q1s70 head_size=100 dtype=fp32", SM80, None),
+        (
+            "efficient",
+            "q1s70 head_size=98 dtype=fp32",
+            SM80,
+            "takes heads of multiples of 4 numbers in this dtype",
+        ),
+        ("efficient", "q1s70", MI300, "takes as many KV heads as query heads on ROCm"),
+        ("efficient", "q1s70 heads=8/8", MI300, None),
+        ("efficient", "q1s70", SM75, "needs compute capability 8.0, sm75 has 7.5"),
+        ("efficient", "q1s70 dtype=fp16", SM75, None),
+        ("math", "q1s70 head_size=98 v_head_size=600 dtype=fp32 alibi=1", SM75, None),
+        ("", "q1s70 v_head_size=64", SM90, None),
+    ],
+)
+def test_what_each_kernel_refuses(
+    variant: str, text: str, device: Device, reason: str | None
+) -> None:
+    config = config_of(Workload.parse(text))
+    expected = reason and f"torch's {variant} kernel {reason}; ask for TORCH_SDPA:math"
+    assert TorchSDPABackend.variant_refusal(variant, config, device) == expected
+
+
+@pytest.mark.parametrize(
+    ("variant", "spec", "reason"),
+    [
+        ("flash", "2q30s40", "takes no mask, and 30 new tokens over 40 keys need one"),
+        ("flash", "3q1s70_q4s70", "takes no mask, and 4 new tokens over 70 keys need one"),
+        ("flash", "2q50 window=11", "takes no mask, and 50 new tokens over 50 keys need one"),
+        ("flash", "3q1s70_2q40", None),
+        ("flash", "3q1s70 window=11", None),
+        ("cudnn", "q1_q1s70", "takes two keys at least, and a request of this batch has one"),
+        ("cudnn", "q1s70 window=1", "takes two keys at least, and a request of this batch has one"),
+        ("cudnn", "2q30s40", None),
+        ("efficient", "2q30s40_q1", None),
+        ("math", "2q30s40_q1", None),
+        ("", "2q30s40_q1", None),
+    ],
+)
+def test_a_batch_that_a_gpu_kernel_cannot_serve_is_refused_when_it_is_built(
+    variant: str, spec: str, reason: str | None
+) -> None:
+    run = Run(TorchSDPABackend, f"{spec} {SMALL}")
+    builder: Any = run.builder
+    builder.variant = variant
+    run.builder.build(0, run.batch.metadata)  # the CPU's kernels have no such rule
+    builder.on_cpu = False
+    if reason is None:
+        run.builder.build(0, run.batch.metadata)
+        return
+    with pytest.raises(SelectionError, match=f"^TORCH_SDPA:{variant} {reason}; use --backend"):
+        run.builder.build(0, run.batch.metadata)
+
+
+@pytest.mark.parametrize("variant", ["flash", "cudnn", "efficient", "math"])
+def test_a_call_of_a_variant_allows_torch_that_kernel_alone(
+    monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    """Whatever torch would choose otherwise: the one asked for, or an error."""
+    allowed: list[dict[str, bool]] = []
+
+    def seen(query: torch.Tensor, *_: torch.Tensor, **__: object) -> torch.Tensor:
+        enabled: Any = torch.backends.cuda
+        allowed.append(
+            {
+                "flash": enabled.flash_sdp_enabled(),
+                "cudnn": enabled.cudnn_sdp_enabled(),
+                "efficient": enabled.mem_efficient_sdp_enabled(),
+                "math": enabled.math_sdp_enabled(),
+            }
+        )
+        return torch.zeros_like(query)
+
+    monkeypatch.setattr("attnbench.backends.torch_sdpa.scaled_dot_product_attention", seen)
+    Run(TorchSDPABackend, f"2q30s40_3q1s70 {SMALL}", variant).attend()
+    assert len(allowed) == 2
+    assert all({name for name, on in state.items() if on} == {variant} for state in allowed)
+
+
+def test_kernels_that_are_promised() -> None:
+    kernels = {
+        (SM90, "flash"): "void pytorch_flash::flash_fwd_splitkv_kernel<...>",
+        (SM90, "cudnn"): "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16",
+        (SM90, "efficient"): "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(...)",
+        (SM90, "math"): "void at::native::softmax_warp_forward<...>",
+        (MI300, "flash"): "attn_fwd.kd",
+        (MI300, "efficient"): "attn_fwd.kd",
+        (MI300, "math"): "void at::native::cunn_SoftMaxForward<...>",
+    }
+    for (device, variant), name in kernels.items():
+        for other in TorchSDPABackend.get_variants(device):
+            (*patterns,) = TorchSDPABackend.kernel_patterns(other, device)
+            shared = device == MI300 and {variant, other} == {"flash", "efficient"}
+            expected = bool(other) and (variant == other or shared)
+            assert any(re.search(pattern, name) for pattern in patterns) == expected
+    assert TorchSDPABackend.kernel_patterns("flash", CPU) == ()
 
 
 def test_variants_by_device() -> None:

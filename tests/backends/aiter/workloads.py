@@ -1,0 +1,103 @@
+"""Workloads every AITER backend must get right or refuse: without a GPU and on one."""
+
+from __future__ import annotations
+
+SMALL = "heads=4/2 head_size=64"
+LATENT = "heads=4/1 mla=512+64:128+128"
+
+#: Small enough for plain torch on the CPU.
+WORKLOADS = {
+    "decode": f"3q1s70 {SMALL}",
+    "decode, first token": f"2q1 {SMALL}",
+    "decode, ragged": f"q1s5_q1s330_q1s64_2q1s33 {SMALL}",
+    "decode, two partitions": f"q1s257_q1s256 {SMALL}",
+    "decode, HND": f"3q1s70 {SMALL} layout=HND",
+    "decode, MQA": "3q1s70 heads=4/1 head_size=64",
+    "decode, MHA": "3q1s70 heads=3/3 head_size=64",
+    "decode, head size 32": "3q1s70 heads=4/2 head_size=32",
+    "decode, head size 96": "2q1s50 heads=4/2 head_size=96",
+    "decode, head size 128": "2q1s50 heads=4/2 head_size=128",
+    "decode, head size 256": "2q1s50 heads=4/2 head_size=256",
+    "decode, window": f"2q1s70_q1s9 {SMALL} window=20",
+    "decode, soft cap": f"3q1s70 {SMALL} softcap=20",
+    "decode, sinks": f"3q1s70 {SMALL} sinks=1",
+    "decode, ALiBi": f"3q1s70 {SMALL} alibi=1",
+    "decode, fp8": f"3q1s70 {SMALL} kv=fp8_e4m3",
+    "decode, fp8 HND": f"3q1s70 {SMALL} kv=fp8_e4m3 layout=HND",
+    "decode, fp8 e5m2": f"3q1s70 {SMALL} kv=fp8_e5m2",
+    "decode, prefix": f"3q1s600 {SMALL} prefix=256",
+    "decode, fp16": f"3q1s70 {SMALL} dtype=fp16",
+    "decode, many query heads": "2q1s50 heads=256/1 head_size=64",
+    "speculative": f"3q4s70 {SMALL}",
+    "speculative, window": f"3q4s70 {SMALL} window=9",
+    "prefill": f"2q40 {SMALL}",
+    "prefill, window": f"2q50 {SMALL} window=11",
+    "prefill, sinks": f"2q40 {SMALL} sinks=1",
+    "prefill, ALiBi": f"2q40 {SMALL} alibi=1",
+    "prefill, fp8": f"q40 {SMALL} kv=fp8_e4m3",
+    "extend": f"2q30s100 {SMALL}",
+    "extend, HND": f"2q30s100 {SMALL} layout=HND",
+    "extend, fp8": f"2q30s100 {SMALL} kv=fp8_e4m3 layout=HND",
+    "extend, window": f"q30s100_q3s70 {SMALL} window=40",
+    "extend, window 1": f"q30s100 {SMALL} window=1",
+    "extend, window, ALiBi": f"q30s100 {SMALL} window=40 alibi=1",
+    "mixed": f"q40_3q1s70_q20s60_q4s9 {SMALL}",
+    "mixed, window": f"q40_3q1s70_q20s60_q4s9 {SMALL} window=16",
+    "mixed, geometric": f"3q1s90_2q20s60 {SMALL} lengths=geometric",
+    "mixed, block 32": f"q40_3q1s70 {SMALL} block=32",
+    "mixed, block 48": f"q40_3q1s70 {SMALL} block=48",
+    "mixed, block 64": f"q40_3q1s70 {SMALL} block=64",
+    "encoder": f"2q40_q9 {SMALL} attn=encoder",
+    "cross": f"2q1s50_q30s70 {SMALL} attn=encoder_decoder",
+}
+LATENT_WORKLOADS = {
+    "decode": f"3q1s170 {LATENT}",
+    "decode, first token": f"2q1 {LATENT}",
+    "decode, ragged": f"q1s5_q1s330_q1s64_2q1s65 {LATENT}",
+    "decode, block 1": f"3q1s37 {LATENT} block=1",
+    "decode, block 64": f"3q1s170 {LATENT} block=64",
+    "decode, 16 heads": "2q1s70 heads=16/1 mla=512+64:16+16",
+    "decode, 128 heads": "2q1s70 heads=128/1 mla=512+64:16+16",
+    "decode, 32 heads": "2q1s70 heads=32/1 mla=512+64:16+16",
+    "decode, fp16": f"2q1s70 {LATENT} dtype=fp16",
+    "decode, fp8": f"3q1s170 {LATENT} kv=fp8_e4m3",
+    "decode, rank 256": "2q1s70 heads=4/1 mla=256+64:64+64",
+    "decode, prefix": f"3q1s300 {LATENT} prefix=256",
+    "speculative": f"3q4s90 {LATENT}",
+    "prefill": f"2q60 {LATENT}",
+    "prefill, odd widths": "q60 heads=2/1 mla=512+64:16+24",
+    "extend": f"q20s70_q15s60 {LATENT}",
+    "extend, fp8": f"q20s70 {LATENT} kv=fp8_e4m3",
+    "mixed": f"q30_3q1s70_q20s70 {LATENT}",
+}
+
+#: Sizes where tiles, partitions and splits matter.
+GPU_WORKLOADS = {
+    "decode": "4q1s4k",
+    "decode, one": "q1s1k",
+    "decode, ragged": "q1s5_q1s4k_q1s777_q1",
+    "decode, many": "256q1s600",
+    "decode, long": "q1s32k",
+    "decode, window": "4q1s4k window=500",
+    "decode, sinks": "4q1s1k heads=64/8 head_size=64 sinks=1",
+    "decode, fp8": "4q1s4k kv=fp8_e4m3",
+    "speculative": "8q4s2k",
+    "prefill": "2q2k",
+    "prefill, ALiBi": "q1500 alibi=1",
+    "extend": "2q600s3k",
+    "extend, window": "2q600s3k window=300",
+    "mixed": "16q1s2k_q1k_q600s3k",
+}
+_SHAPE = "shape=deepseek-v3"
+LATENT_GPU_WORKLOADS = {
+    "decode": f"4q1s4k {_SHAPE} tp=8",
+    "decode, all heads": f"4q1s4k {_SHAPE}",
+    "decode, eight heads": f"4q1s4k {_SHAPE} tp=16",
+    "decode, one": f"q1s1k {_SHAPE} tp=8",
+    "decode, ragged": f"q1s5_q1s4k_q1s777_q1 {_SHAPE} tp=8",
+    "decode, long": f"q1s32k {_SHAPE}",
+    "decode, fp8": f"4q1s4k {_SHAPE} kv=fp8_e4m3",
+    "prefill": f"2q2k {_SHAPE} tp=8",
+    "extend": f"2q600s3k {_SHAPE} tp=8",
+    "mixed": f"16q1s2k_q1k_q600s3k {_SHAPE} tp=8",
+}
