@@ -24,8 +24,7 @@ from attnbench.backends.mla_backend import (
     LibraryMLAMetadata,
     QueryLenSupport,
 )
-from attnbench.backends.mla_libraries import MLA_LIBRARIES, MLALibrary, load_functions
-from attnbench.workload.types import AttentionShape, AttentionType
+from attnbench.backends.mla_libraries import MLALibrary
 
 NAME = "CUTLASS_MLA"
 MAX_HEADS = 128
@@ -39,34 +38,6 @@ class CutlassMLADecode:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     workspace: torch.Tensor
-
-
-class CutlassMLABackend(LibraryMLABackend, CutlassMLA):
-    """Variant: SM100."""
-
-    install_hint: ClassVar[str] = MLA_LIBRARIES[NAME]["SM100"].install
-
-    @classmethod
-    def get_impl_cls(cls) -> type[CutlassMLAImpl]:
-        """Raises BackendUnavailableError when vLLM's files are not installed."""
-        cls.require_library()
-        return CutlassMLAImpl
-
-    @classmethod
-    def get_builder_cls(cls) -> type[CutlassMLAMetadataBuilder]:
-        """Raises BackendUnavailableError when vLLM's files are not installed."""
-        cls.require_library()
-        return CutlassMLAMetadataBuilder
-
-    @classmethod
-    def library_refusal(cls, lib: MLALibrary, config: AttentionConfig) -> str | None:
-        if config.num_heads > MAX_HEADS:
-            return f"{NAME} takes at most {MAX_HEADS} query heads: {config.num_heads}"
-        if config.kv_cache_dtype.startswith("fp8"):
-            return (
-                f"{NAME} takes no scale for an fp8 KV cache, and attnbench's has one; use kv=auto"
-            )
-        return None
 
 
 class CutlassMLAMetadataBuilder(LibraryMLABuilder[CutlassMLADecode]):
@@ -85,41 +56,30 @@ class CutlassMLAMetadataBuilder(LibraryMLABuilder[CutlassMLADecode]):
         variant: str = "",
     ) -> None:
         super().__init__(spec, layer_names, device, variant)
-        self.functions = load_functions(NAME, self.library)
         self._workspace = torch.empty(0, dtype=torch.uint8, device=device)
 
     def build_decode(
         self, batch: DecodeBatch, fast_build: bool, for_graph: bool
     ) -> CutlassMLADecode:
+        # The kernel takes rows of the page table to follow each other, and splits a context as if
+        # every request filled its row.
+        block_table = batch.block_table.contiguous()
         needed = self.functions["sm100_cutlass_mla_get_workspace_size"](
-            batch.max_seq_len, batch.num_decodes, _multiprocessors(self.device), AUTO_SPLITS
+            block_table.shape[1] * self.spec.block_size,
+            batch.num_decodes,
+            _multiprocessors(self.device),
+            AUTO_SPLITS,
         )
         if len(self._workspace) < max(needed, MIN_WORKSPACE_BYTES):
             # Not resized in place: metadata in use keeps the old one.
             self._workspace = self._workspace.new_empty(max(needed, MIN_WORKSPACE_BYTES))
         return CutlassMLADecode(
-            seq_lens=batch.seq_lens, block_table=batch.block_table, workspace=self._workspace
+            seq_lens=batch.seq_lens, block_table=block_table, workspace=self._workspace
         )
 
 
 class CutlassMLAImpl(LibraryMLAImpl[CutlassMLADecode]):
-    """One call of the extension. `do_kv_cache_update` must have run before either forward."""
-
     backend: ClassVar[str] = NAME
-    can_return_lse_for_decode: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        shape: AttentionShape,
-        kv_cache_dtype: str = "auto",
-        attn_type: AttentionType = AttentionType.DECODER,
-        alibi_slopes: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
-        variant: str = "",
-    ) -> None:
-        """Raises UsageError without a variant, BackendUnavailableError without its library."""
-        super().__init__(shape, kv_cache_dtype, attn_type, alibi_slopes, sinks, variant)
-        self.functions = load_functions(NAME, self.library)
 
     def forward_mqa(
         self,
@@ -154,6 +114,23 @@ class CutlassMLAImpl(LibraryMLAImpl[CutlassMLADecode]):
         if is_padded:
             output.copy_(written[:, :num_heads])
         return lse[:, :num_heads]
+
+
+class CutlassMLABackend(LibraryMLABackend, CutlassMLA):
+    """Variant: SM100."""
+
+    impl_cls = CutlassMLAImpl
+    builder_cls = CutlassMLAMetadataBuilder
+
+    @classmethod
+    def library_refusal(cls, lib: MLALibrary, config: AttentionConfig) -> str | None:
+        if config.num_heads > MAX_HEADS:
+            return f"{NAME} takes at most {MAX_HEADS} query heads: {config.num_heads}"
+        if config.kv_cache_dtype.startswith("fp8"):
+            return (
+                f"{NAME} takes no scale for an fp8 KV cache, and attnbench's has one; use kv=auto"
+            )
+        return None
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
 from attnbench.backends.abstract import AttentionConfig, is_quantized_kv_cache
+from attnbench.backends.batch import batch_order
 from attnbench.backends.builder import AttentionCGSupport, AttentionMetadataBuilder, KVCacheSpec
 from attnbench.backends.cache_shapes import LatentCacheBackend
 from attnbench.backends.declared.base import DeclaredBackend
 from attnbench.backends.device import Device, cuda_device
+from attnbench.backends.dtypes import is_fp8
+from attnbench.backends.flash_attn_library import LIBRARIES
+from attnbench.backends.graph_buffers import GraphBuffers
 from attnbench.backends.impl import MLAAttentionImpl, MLALayer
 from attnbench.backends.metadata import CommonAttentionMetadata
 from attnbench.backends.mla_libraries import (
     MLA_LIBRARIES,
     MLALibrary,
     capability_refusal,
-    default_prefill,
     kernel_patterns,
+    load_functions,
     missing_reason,
     require_any,
     split_variant,
     variants_of,
 )
 from attnbench.backends.mla_prefill import (
+    Latents,
     PrefillChunk,
-    expand,
     host_seq_lens,
     load_prefill,
     plan_chunks,
 )
+from attnbench.backends.mla_prefill_library import default_prefill, prefill_refusal
+from attnbench.backends.paged_ops import quantize
 from attnbench.errors import BackendUnavailableError
-from attnbench.workload.types import AttentionShape, AttentionType
+from attnbench.workload.types import AttentionShape, AttentionType, WorkloadFields
 
 D = TypeVar("D")
 
@@ -110,8 +116,26 @@ class LibraryMLABackend(LatentCacheBackend, DeclaredBackend):
     """A family declared for the selector that attnbench runs: vLLM's predicates and, per variant,
     what its library refuses beyond them. Derive from this first and the declared class second."""
 
+    impl_cls: ClassVar[type[LibraryMLAImpl[Any]]]
+    builder_cls: ClassVar[type[LibraryMLABuilder[Any]]]
     #: Latent widths (kv_lora_rank, qk_rope_head_dim) of the kernels.
     latent_widths: ClassVar[tuple[tuple[int, int], ...]] = ((512, 64),)
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.install_hint = MLA_LIBRARIES[cls.name][cls.first_variant()].install
+
+    @classmethod
+    def get_impl_cls(cls) -> type[LibraryMLAImpl[Any]]:
+        """Raises BackendUnavailableError when no library of this family is installed."""
+        require_any(cls.name)
+        return cls.impl_cls
+
+    @classmethod
+    def get_builder_cls(cls) -> type[LibraryMLABuilder[Any]]:
+        """Raises BackendUnavailableError when no library of this family is installed."""
+        require_any(cls.name)
+        return cls.builder_cls
 
     @classmethod
     def get_variants(cls, device: Device) -> tuple[str, ...]:
@@ -132,6 +156,27 @@ class LibraryMLABackend(LatentCacheBackend, DeclaredBackend):
         return kernel_patterns(cls.name, variant, device)
 
     @classmethod
+    def promised_kernels(
+        cls, workload: WorkloadFields, variant: str, device: Device
+    ) -> tuple[tuple[str, ...], ...]:
+        """The decode library's where requests run in the absorbed form, the prefill library's where
+        others do not."""
+        decode, _, prefill = variant.partition("+")
+        lib = MLA_LIBRARIES[cls.name].get(decode)
+        if lib is None or lib.runs_prefills:
+            return super().promised_kernels(workload, variant, device)
+        requests = workload.batch_spec.requests
+        order = batch_order(requests, cls.builder_cls.reorder_batch_threshold)
+        query_lens = [requests[i].query_len for i in order]
+        num_decodes = count_decodes(query_lens, *cls.builder_cls.decodes_of(decode))
+        shape = workload.shape
+        prefill = prefill or default_prefill(device, shape.qk_head_dim, shape.v_head_size)
+        groups = [(lib.kernel_pattern,)] if num_decodes else []
+        if num_decodes < len(query_lens):
+            groups.append((LIBRARIES[prefill].kernel_pattern,))
+        return tuple(groups)
+
+    @classmethod
     def variant_refusal(cls, variant: str, config: AttentionConfig, device: Device) -> str | None:
         decode, _, prefill = variant.partition("+")
         if decode not in MLA_LIBRARIES[cls.name]:
@@ -139,8 +184,9 @@ class LibraryMLABackend(LatentCacheBackend, DeclaredBackend):
         lib = MLA_LIBRARIES[cls.name][decode]
         if reason := capability_refusal(cls.name, lib, device):
             return reason
-        if prefill == "FA3" and device.capability is not None and device.capability.major != 9:
-            return f"FA3 needs compute capability 9.x, {device} has {device.capability}"
+        widths = (config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_size or 0)
+        if prefill and (reason := prefill_refusal(prefill, device, *widths)):
+            return reason
         if reason := cls._feature_refusal(lib, config):
             return reason
         return cls.library_refusal(lib, config)
@@ -202,11 +248,6 @@ class LibraryMLABackend(LatentCacheBackend, DeclaredBackend):
             reasons.append(reason)
         return reasons[0]
 
-    @classmethod
-    def require_library(cls) -> None:
-        """Raises BackendUnavailableError when no library of this family is installed."""
-        require_any(cls.name)
-
 
 class LibraryMLABuilder(AttentionMetadataBuilder[LibraryMLAMetadata[D]]):
     """Splits the batch as vLLM does, and plans both parts."""
@@ -225,8 +266,18 @@ class LibraryMLABuilder(AttentionMetadataBuilder[LibraryMLAMetadata[D]]):
         """Raises UsageError without a variant, BackendUnavailableError without its library."""
         super().__init__(spec, layer_names, device, variant)
         self.library, prefill = split_variant(self.backend, variant)
-        self.prefill_variant = prefill or default_prefill(_device_of(device))
+        self.functions: dict[str, Callable[..., Any]] = load_functions(self.backend, self.library)
+        decodes = self.decodes_of(self.library.variant)
+        self.reorder_batch_threshold, self.query_len_support = decodes
+        widths = (spec.shape.qk_head_dim, spec.shape.v_head_size)
+        self.prefill_variant = prefill or default_prefill(_device_of(device), *widths)
         self.is_quantized = is_quantized_kv_cache(spec.kv_cache_dtype)
+        self.graph_buffers = GraphBuffers()
+
+    @classmethod
+    def decodes_of(cls, decode: str) -> tuple[int, QueryLenSupport]:
+        """Most new tokens of a decode of this library, and which of those one call takes."""
+        return cls.reorder_batch_threshold or 1, cls.query_len_support
 
     def build(
         self,
@@ -294,9 +345,13 @@ class LibraryMLABuilder(AttentionMetadataBuilder[LibraryMLAMetadata[D]]):
 
 
 class LibraryMLAImpl(MLAAttentionImpl[LibraryMLAMetadata[D]]):
-    """Cache writes and the expanded form; the absorbed one is the family's own."""
+    """Cache writes and the expanded form; the absorbed one is one call of the family's library.
+
+    `do_kv_cache_update` must have run before either forward.
+    """
 
     backend: ClassVar[str]
+    can_return_lse_for_decode: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -307,9 +362,10 @@ class LibraryMLAImpl(MLAAttentionImpl[LibraryMLAMetadata[D]]):
         sinks: torch.Tensor | None = None,
         variant: str = "",
     ) -> None:
-        """Raises UsageError without a variant."""
+        """Raises UsageError without a variant, BackendUnavailableError without its library."""
         super().__init__(shape, kv_cache_dtype, attn_type, alibi_slopes, sinks, variant)
         self.library, self._prefill_variant = split_variant(self.backend, variant)
+        self.functions: dict[str, Callable[..., Any]] = load_functions(self.backend, self.library)
         self.is_quantized = is_quantized_kv_cache(kv_cache_dtype)
 
     def do_kv_cache_update(
@@ -338,11 +394,16 @@ class LibraryMLAImpl(MLAAttentionImpl[LibraryMLAMetadata[D]]):
         output: torch.Tensor,
     ) -> None:
         """Raises BackendUnavailableError without the prefill library."""
-        kernels = load_prefill(self._prefill_variant or default_prefill(_device_of(q.device)))
+        device = _device_of(q.device)
+        prefill = self._prefill_variant or default_prefill(device, q.shape[-1], self.v_head_dim)
+        kernels = load_prefill(prefill)
+        latents = Latents(layer, self.shape, kv_c_normed, k_pe, kv_cache)
         for chunk in attn_metadata.prefill:
-            key, value = expand(layer, chunk, kv_c_normed, k_pe, kv_cache, self.shape)
-            tokens = chunk.tokens
-            kernels.run(q[tokens], key, value, output[tokens], chunk, self.scale)
+            kernels.run_chunk(q, latents, output, chunk, self.scale)
+
+    def quantized_query(self, layer: MLALayer, q: torch.Tensor) -> torch.Tensor:
+        """`q` as a kernel of an fp8 cache takes it: in e4m3, as it is where it comes so."""
+        return q if is_fp8(q.dtype) else quantize(q, torch.float8_e4m3fn, layer._q_scale_float)
 
     def decode_of(self, attn_metadata: LibraryMLAMetadata[D]) -> D:
         """The decode part, which a call of `forward_mqa` presupposes."""

@@ -21,10 +21,8 @@ import torch
 from attnbench.backends.device import Device
 from attnbench.backends.flash_attn_library import LIBRARIES as FLASH_ATTN_LIBRARIES
 from attnbench.backends.flash_attn_library import vllm_package
+from attnbench.backends.mla_prefill_library import PREFILLS, usual_prefills
 from attnbench.errors import BackendUnavailableError, UsageError
-
-#: Libraries of the expanded form: variants of FLASH_ATTN, both in vLLM's wheel.
-PREFILLS = ("FA3", "FA2")
 
 _VLLM_FILES = "pip install vllm==0.22.1 (or put the folder that holds its vllm/ on PYTHONPATH: only"
 _FLASHINFER = "pip install flashinfer-python==0.6.11.post2"
@@ -37,19 +35,21 @@ class MLALibrary:
     functions: what is called (`Class.method` for a class), and the parameters passed by name.
     ops_module, ops: an extension that registers `torch.ops.<namespace>.<name>`, called by position.
     majors: compute capabilities its kernels exist for.
-    kernel_pattern: found in the name of a kernel of every decode, read off the symbols of the wheel
-        or the source, not yet seen on hardware; "": unknown (kernels that come as binaries).
+    runs_prefills: its kernels are those of prefills too: there is no second library.
+    kernel_pattern: found in the name of a kernel of every decode: read off the symbols of the wheel
+        or the source, of TRTLLM-GEN's binaries off others' profiles; not yet seen on hardware.
     """
 
     variant: str
     module: str
     majors: tuple[int, ...]
     install: str
-    kernel_pattern: str = ""
+    kernel_pattern: str
     functions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ops_module: str = ""
     ops_namespace: str = ""
     ops: tuple[str, ...] = ()
+    runs_prefills: bool = False
 
     @property
     def top(self) -> str:
@@ -84,6 +84,44 @@ _FLASHMLA = (
         kernel_pattern=r"\bflash_fwd_splitkv_mla_kernel",
         install="build github.com/deepseek-ai/FlashMLA (pip install --no-build-isolation .)",
         functions={"flash_mla_with_kvcache": _KVCACHE, "get_mla_metadata": ()},
+    ),
+)
+
+_SPARSE_FWD = ("q", "kv", "indices", "sm_scale", "d_v")
+_SPARSE_KVCACHE = (
+    *("q", "k_cache", "block_table", "cache_seqlens", "head_dim_v", "tile_scheduler_metadata"),
+    *("softmax_scale", "is_fp8_kvcache", "indices"),
+)
+_SPARSE_KERNELS = (
+    r"\b(sparse_attn_fwd_kernel|sparse_attn_fwd_for_small_topk_kernel"
+    r"|flash_fwd_splitkv_mla_fp8_sparse_kernel)\b"
+)
+_FLASHMLA_SPARSE = (
+    MLALibrary(
+        variant="VLLM",
+        module="vllm.third_party.flashmla.flash_mla_interface",
+        majors=(9, 10),
+        kernel_pattern=_SPARSE_KERNELS,
+        install=f"{_VLLM_FILES} vllm/third_party/flashmla and vllm/_flashmla*.so are imported)",
+        functions={
+            "flash_mla_sparse_fwd": (*_SPARSE_FWD, "out"),
+            "flash_mla_with_kvcache": (*_SPARSE_KVCACHE, "out"),
+            "get_mla_metadata": (),
+        },
+        runs_prefills=True,
+    ),
+    MLALibrary(
+        variant="UPSTREAM",
+        module="flash_mla.flash_mla_interface",
+        majors=(9, 10),
+        kernel_pattern=_SPARSE_KERNELS,
+        install="build github.com/deepseek-ai/FlashMLA (pip install --no-build-isolation .)",
+        functions={
+            "flash_mla_sparse_fwd": _SPARSE_FWD,
+            "flash_mla_with_kvcache": _SPARSE_KVCACHE,
+            "get_mla_metadata": (),
+        },
+        runs_prefills=True,
     ),
 )
 
@@ -125,7 +163,10 @@ _FLASH_ATTN = (
 )
 
 _WRAPPER = {
-    "BatchMLAPagedAttentionWrapper.__init__": ("float_workspace_buffer", "backend"),
+    "BatchMLAPagedAttentionWrapper.__init__": (
+        *("float_workspace_buffer", "backend", "use_cuda_graph", "qo_indptr", "kv_indptr"),
+        *("kv_indices", "kv_len_arr"),
+    ),
     "BatchMLAPagedAttentionWrapper.plan": (
         *("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr", "num_heads", "head_dim_ckv"),
         *("head_dim_kpe", "page_size", "causal", "sm_scale", "q_data_type", "kv_data_type"),
@@ -148,7 +189,7 @@ def _flashinfer(
     variant: str,
     majors: tuple[int, ...],
     functions: Mapping[str, tuple[str, ...]],
-    kernel_pattern: str = "",
+    kernel_pattern: str,
 ) -> MLALibrary:
     return MLALibrary(
         variant=variant,
@@ -161,8 +202,12 @@ def _flashinfer(
 
 
 _FLASHINFER_MLA = (
-    _flashinfer("TRTLLM_GEN", (10,), _TRTLLM),
-    _flashinfer("CUTE_DSL", (10,), _TRTLLM),
+    # The same binaries without a paged cache are the kernels of prefills.
+    _flashinfer("TRTLLM_GEN", (10,), _TRTLLM, r"\b[fF]mhaSm10\d[a-z]?Kernel_\w*PagedKv"),
+    # A CuTe DSL kernel is named after its method and, run together, its module and its class.
+    _flashinfer(
+        "CUTE_DSL", (10,), _TRTLLM, r"split_kv_kernel_\w*BlackwellMultiLatentAttentionForward"
+    ),
     _flashinfer("FA3", (9,), _WRAPPER, r"\bBatchMLAPageAttentionHopperKernel"),
     _flashinfer("FA2", (8, 9, 10, 12), _WRAPPER, r"\bBatchMLAPagedAttentionKernel"),
 )
@@ -188,20 +233,12 @@ def _by_variant(libraries: tuple[MLALibrary, ...]) -> Mapping[str, MLALibrary]:
 MLA_LIBRARIES: Mapping[str, Mapping[str, MLALibrary]] = MappingProxyType(
     {
         "FLASHMLA": _by_variant(_FLASHMLA),
+        "FLASHMLA_SPARSE": _by_variant(_FLASHMLA_SPARSE),
         "FLASH_ATTN_MLA": _by_variant(_FLASH_ATTN),
         "FLASHINFER_MLA": _by_variant(_FLASHINFER_MLA),
         "CUTLASS_MLA": _by_variant(_CUTLASS),
     }
 )
-
-
-def default_prefill(device: Device) -> str:
-    """The prefill library of a device: FA3 on compute capability 9.x, FA2 elsewhere.
-
-    vLLM 0.22.1's (mla/prefill/selector.py:54-75), FA2 where that takes FA4.
-    """
-    hopper = device.capability is not None and device.capability.major == 9
-    return "FA3" if hopper else "FA2"
 
 
 def split_variant(backend: str, variant: str) -> tuple[MLALibrary, str]:
@@ -211,6 +248,12 @@ def split_variant(backend: str, variant: str) -> tuple[MLALibrary, str]:
     """
     decode, plus, prefill = variant.partition("+")
     libraries = MLA_LIBRARIES[backend]
+    whole = any(lib.runs_prefills for lib in libraries.values())
+    if whole and (plus or decode not in libraries):
+        raise UsageError(
+            f"{backend} has no variant {variant!r}: its kernels run prefills too; write "
+            f"{' or '.join(f'{backend}:{name}' for name in libraries)}"
+        )
     if decode not in libraries or (plus and prefill not in PREFILLS):
         raise UsageError(
             f"{backend} has no variant {variant!r}; write {backend}:DECODE or "
@@ -223,9 +266,18 @@ def split_variant(backend: str, variant: str) -> tuple[MLALibrary, str]:
 def variants_of(backend: str, device: Device) -> tuple[str, ...]:
     """Variants whose kernels exist for `device`, all of them where that is not known."""
     capability = device.capability
-    usual = default_prefill(device)
-    others = [prefill for prefill in PREFILLS if prefill != usual]
-    if capability is not None and capability.major != 9:
+    usual = usual_prefills(device)[0]
+    others = [
+        prefill
+        for prefill in PREFILLS
+        if prefill != usual
+        and (
+            capability is None
+            or not FLASH_ATTN_LIBRARIES[prefill].majors
+            or capability.major in FLASH_ATTN_LIBRARIES[prefill].majors
+        )
+    ]
+    if any(lib.runs_prefills for lib in MLA_LIBRARIES[backend].values()):
         others = []
     decodes = [
         lib.variant
@@ -239,10 +291,12 @@ def kernel_patterns(backend: str, variant: str, device: Device) -> tuple[str, ..
     """`AttentionBackend.kernel_patterns`: those of decode and of prefill; a batch has either."""
     decode, _, prefill = variant.partition("+")
     lib = MLA_LIBRARIES[backend].get(decode)
-    if lib is None or not lib.kernel_pattern:
+    if lib is None:
         return ()
-    prefill_library = FLASH_ATTN_LIBRARIES[prefill or default_prefill(device)]
-    return (lib.kernel_pattern, prefill_library.kernel_pattern)
+    if lib.runs_prefills:
+        return (lib.kernel_pattern,)
+    prefills = (prefill,) if prefill else usual_prefills(device)
+    return (lib.kernel_pattern, *(FLASH_ATTN_LIBRARIES[name].kernel_pattern for name in prefills))
 
 
 def capability_refusal(backend: str, lib: MLALibrary, device: Device) -> str | None:

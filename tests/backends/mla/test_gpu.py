@@ -21,8 +21,13 @@ pytestmark = [
         not torch.cuda.is_available() or torch.version.hip is not None, reason="no CUDA device here"
     ),
 ]
-VARIANTS = [(name, variant) for name, libraries in MLA_LIBRARIES.items() for variant in libraries]
-PREFILLS = [("FLASHMLA", "VLLM+FA2"), ("FLASH_ATTN_MLA", "FA3+FA2")]
+VARIANTS = [(name, variant) for name in BACKENDS for variant in MLA_LIBRARIES[name]]
+PREFILLS = [
+    ("FLASHMLA", "VLLM+FA4"),
+    ("FLASHMLA", "VLLM+FA2"),
+    ("FLASH_ATTN_MLA", "FA3+FA4"),
+    ("FLASH_ATTN_MLA", "FA3+FA2"),
+]
 POINTS = [
     pytest.param(backend, variant, text, id=f"{backend} {variant} {size} {name}")
     for backend, variant in [*VARIANTS, *PREFILLS]

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from attnbench.backends import mla_prefill
+from attnbench.backends import cutlass_mla, flash_attn_mla, mla_prefill
 from attnbench.backends.builder import AttentionCGSupport
 from attnbench.backends.check import check_output, poison_
 from attnbench.backends.mla_backend import QueryLenSupport, count_decodes
 from attnbench.backends.mla_libraries import MLA_LIBRARIES
+from attnbench.backends.mla_prefill_library import PREFILLS
 from attnbench.backends.paged_ops import quantize
 from attnbench.backends.reference import reference_attention
 from attnbench.errors import BackendUnavailableError, UsageError
@@ -77,7 +78,7 @@ def test_output_and_lse_equal_the_reference(
             assert call.given <= set(library.functions[call.name]) or call.arguments.q_v is None
 
 
-@pytest.mark.parametrize("prefill", ["FA3", "FA2"])
+@pytest.mark.parametrize("prefill", PREFILLS)
 @pytest.mark.parametrize("name", ["prefill", "prefill, odd widths", "extend", "mixed"])
 def test_each_prefill_library_gives_the_reference(
     install: Install, name: str, prefill: str
@@ -133,6 +134,27 @@ def test_decodes_are_split_off_as_vllm_does(
 
 
 @pytest.mark.parametrize(
+    ("record", "backend", "variant", "threshold"),
+    [
+        ("vllm-0.22.1 flashmla", "FLASHMLA", "VLLM", 128),
+        ("vllm-0.22.1 flash_attn", "FLASH_ATTN_MLA", "FA3", 512),
+        ("flashinfer-0.6.11.post2", "FLASHINFER_MLA", "TRTLLM_GEN", 16),
+        ("flashinfer-0.6.11.post2", "FLASHINFER_MLA", "CUTE_DSL", 4),
+        ("vllm-0.22.1 cutlass", "CUTLASS_MLA", "SM100", 1),
+    ],
+)
+def test_the_most_new_tokens_of_a_decode(
+    install: Install, record: str, backend: str, variant: str, threshold: int
+) -> None:
+    """vLLM 0.22.1's numbers; CUTE_DSL's is its kernel's, FLASHINFER_MLA's the most drafted here."""
+    put(install, record)
+    text = with_block(backend, f"q{threshold} heads=1/1 mla=512+64:8+8")
+    assert Run(BACKENDS[backend], text, variant).metadata.num_decodes == 1
+    text = with_block(backend, f"q{threshold + 1} heads=1/1 mla=512+64:8+8")
+    assert Run(BACKENDS[backend], text, variant).metadata.num_decodes == 0
+
+
+@pytest.mark.parametrize(
     ("record", "backend", "variant", "decodes"),
     [
         ("vllm-0.22.1 flashmla", "FLASHMLA", "VLLM", 1),
@@ -177,6 +199,19 @@ def test_fa3_s_schedule_is_made_once_a_step_and_used(
     assert check_with_lse(run) == ""
 
 
+@pytest.mark.parametrize(("limit", "num_splits"), [(5, 32), (4, 0)])
+def test_fa3_s_splits_are_bounded_for_graphs_of_few_tokens(
+    install: Install, monkeypatch: pytest.MonkeyPatch, limit: int, num_splits: int
+) -> None:
+    monkeypatch.setattr(flash_attn_mla, "GRAPH_MAX_TOKENS", limit)
+    calls = put(install, PREFILL)
+    run = Run(BACKENDS["FLASH_ATTN_MLA"], f"q1s70_q4s60 {SMALL}", "FA3")
+    assert run.metadata.decode.max_num_splits == 0
+    captured = run.builder.build_for_cudagraph_capture(run.batch.metadata)
+    assert captured.decode.max_num_splits == num_splits
+    assert calls[-1].arguments.num_splits == num_splits
+
+
 def test_flashmla_s_schedule_belongs_to_one_step(install: Install) -> None:
     install("vllm-0.22.1 flashmla")
     run = Run(BACKENDS["FLASHMLA"], f"3q1s70 {SMALL} block=64", "VLLM")
@@ -217,6 +252,52 @@ def test_trtllm_gets_page_tables_of_whole_128_tokens(install: Install) -> None:
     run = Run(BACKENDS["FLASHINFER_MLA"], f"2q1s70 {SMALL} block=32", "TRTLLM_GEN")
     assert check_with_lse(run) == ""
     assert calls[-1].arguments.block_tables.shape == (2, 4)
+
+
+def in_wider_rows(table: torch.Tensor, more: int) -> torch.Tensor:
+    """The same table as a part of a wider one, as an engine may keep it."""
+    wide = torch.cat([table, torch.full((len(table), more), 10**6, dtype=table.dtype)], 1)
+    return wide[:, : table.shape[1]]
+
+
+@pytest.mark.parametrize(
+    ("record", "backend", "variant", "block"),
+    [
+        ("vllm-0.22.1 cutlass", "CUTLASS_MLA", "SM100", 128),
+        ("flashinfer-0.6.11.post2", "FLASHINFER_MLA", "TRTLLM_GEN", 64),
+        ("vllm-0.22.1 flashmla", "FLASHMLA", "VLLM", 64),
+    ],
+)
+def test_rows_of_a_page_table_may_be_parts_of_longer_ones(
+    install: Install, record: str, backend: str, variant: str, block: int
+) -> None:
+    """Kernels that take rows to follow each other get a table of its own."""
+    install(record)
+    run = Run(BACKENDS[backend], f"3q1s250 {SMALL} block={block}", variant)
+    common = run.batch.metadata
+    table = in_wider_rows(common.block_table_tensor, 3)
+    run.metadata = run.builder.build(0, common.replace(block_table_tensor=table))
+    assert check_with_lse(run) == ""
+
+
+def test_each_kind_of_flashinfer_call_has_its_own_workspace(install: Install) -> None:
+    """TRTLLM-GEN counts in zeros it finds there; what others leave would hang or spoil it."""
+    install("flashinfer-0.6.11.post2")
+    text = "2q1s70 heads=128/1 mla=512+64:16+16 block=64"
+    for variant in ("FA2", "TRTLLM_GEN", "CUTE_DSL", "TRTLLM_GEN"):
+        assert check_with_lse(Run(BACKENDS["FLASHINFER_MLA"], text, variant)) == ""
+
+
+@pytest.mark.parametrize(("query_len", "num_decodes"), [(1, 2), (4, 2), (5, 0)])
+def test_cute_dsl_decodes_up_to_four_new_tokens(
+    install: Install, query_len: int, num_decodes: int
+) -> None:
+    calls = put(install, "flashinfer-0.6.11.post2")
+    text = f"2q{query_len}s70 heads=128/1 mla=512+64:16+16 block=64"
+    run = Run(BACKENDS["FLASHINFER_MLA"], text, "CUTE_DSL")
+    assert run.metadata.num_decodes == num_decodes
+    assert check_with_lse(run) == ""
+    assert {call.arguments.backend for call in calls} == ({"cute-dsl"} if num_decodes else set())
 
 
 # --- fp8, padding, outputs ------------------------------------------------------------------------
@@ -264,6 +345,26 @@ def test_cutlass_pads_to_its_128_heads(install: Install) -> None:
     assert graphs is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
 
+def test_cutlass_s_workspace_is_for_contexts_that_fill_the_page_table(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel splits by the table's width, whatever the longest context is, and does not check
+    the size of what it is given."""
+    monkeypatch.setattr(cutlass_mla, "MIN_WORKSPACE_BYTES", 16)
+    calls = install("vllm-0.22.1 cutlass")
+    run = Run(BACKENDS["CUTLASS_MLA"], f"2q1s70 {SMALL} block=128", "SM100")
+    common = run.batch.metadata
+    wide = torch.nn.functional.pad(common.block_table_tensor, (0, 7))
+    first = run.metadata
+    run.metadata = run.builder.build(0, common.replace(block_table_tensor=wide))
+    assert (calls[-1].arguments.max_seq_len, calls[-1].arguments.num_batches) == (8 * 128, 2)
+    assert len(run.metadata.decode.workspace) == 8 * 128 * 2
+    assert check_with_lse(run) == ""
+    assert len(first.decode.workspace) == 128 * 2, "metadata in use keeps its own"
+    again = run.builder.build(0, common)
+    assert again.decode.workspace is run.metadata.decode.workspace
+
+
 # --- a batch that needs a library that is not here -----------------------------------------------
 def test_a_prefill_without_its_library_is_refused_by_name(
     install: Install, monkeypatch: pytest.MonkeyPatch
@@ -280,6 +381,6 @@ def test_a_variant_must_be_named(install: Install) -> None:
     install("vllm-0.22.1 flashmla")
     impl: Any = BACKENDS["FLASHMLA"].get_impl_cls()
     shape = Run(BACKENDS["FLASHMLA"], f"q1s9 {SMALL} block=64", "VLLM").workload.shape
-    for name in ("", "FA3", "VLLM+FA4", "VLLM+"):
+    for name in ("", "FA3", "VLLM+FA5", "VLLM+"):
         with pytest.raises(UsageError, match=r"no variant .*DECODE one of VLLM, UPSTREAM"):
             impl(shape, variant=name)

@@ -12,7 +12,8 @@ from attnbench.backends import kv_cache
 from attnbench.backends.dtypes import movable
 from attnbench.backends.reference import reference_attention
 from attnbench.backends.triton_launch import TileShape
-from attnbench.backends.triton_mla import TritonMLABackend, TritonMLAMetadataBuilder
+from attnbench.backends.triton_mla import TritonMLABackend
+from attnbench.backends.triton_mla_metadata import TritonMLAMetadataBuilder
 from tests.backends.running import Run
 from tests.backends.triton.test_attention_interpreted import poison_scratch
 
@@ -86,3 +87,23 @@ def test_cache_write_stores_the_new_tokens_and_nothing_else() -> None:
     kv_cache.fill_context(batch, expected, TritonMLABackend)
     kv_cache.write_new_tokens(batch, expected, TritonMLABackend)
     assert torch.equal(movable(run.kv_cache), movable(expected))
+
+
+def test_the_most_new_tokens_of_the_absorbed_form() -> None:
+    metadata = Run(TritonMLABackend, "q64_q65 heads=1/1 mla=32+16:16+16 dtype=fp32").metadata
+    assert (metadata.num_decodes, metadata.num_decode_tokens, metadata.num_prefills) == (1, 64, 1)
+
+
+@pytest.mark.parametrize("what", ["lengths on the device only", "another block table"])
+def test_metadata_made_in_other_ways_is_the_same(what: str) -> None:
+    run = Run(TritonMLABackend, f"q3s40_q70s100 {SMALL} dtype=fp32")
+    common, builder = run.batch.metadata, run.builder
+    if what == "another block table":
+        table, slots = common.block_table_tensor, common.slot_mapping
+        other = common.replace(block_table_tensor=table * 0, slot_mapping=slots * 0)
+        run.metadata = builder.update_block_table(builder.build(0, other), table, slots)
+        assert run.metadata.slot_mapping is slots
+    else:
+        run.metadata = builder.build(0, common.replace(seq_lens_cpu=None))
+    check = run.check()
+    assert check.ok, check.reason
