@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from attnbench.backends.abstract import AttentionConfig, is_quantized_kv_cache
+from attnbench.backends.abstract import AttentionConfig
 from attnbench.backends.builder import AttentionCGSupport, AttentionMetadataBuilder, KVCacheSpec
 from attnbench.backends.declared.vllm_0_22_1 import FlashInfer
 from attnbench.backends.device import Device
@@ -20,6 +20,7 @@ from attnbench.backends.flashinfer_calls import LayerInputs, Planned
 from attnbench.backends.flashinfer_library import (
     CASCADE,
     INSTALL,
+    MAX_SPECULATIVE_QUERY_LEN,
     TRTLLM_GEN,
     XQA,
     compilation_key,
@@ -28,20 +29,18 @@ from attnbench.backends.flashinfer_library import (
     kernel_patterns,
     load_names,
     missing_reason,
+    promised_kernels,
     refusal,
     require,
     variants_of,
 )
 from attnbench.backends.flashinfer_trtllm import TrtllmPlanner
 from attnbench.backends.flashinfer_wrappers import Span, WrapperPlanner, page_table
-from attnbench.backends.impl import AttentionImpl, AttentionLayer
+from attnbench.backends.impl import AttentionLayer
 from attnbench.backends.metadata import CommonAttentionMetadata
+from attnbench.backends.paged_impl import PagedAttentionImpl
 from attnbench.errors import UsageError
 from attnbench.workload.types import AttentionShape, AttentionType, WorkloadFields
-
-#: A batch whose requests all have this many new tokens or fewer, equally many, is decoded by
-#: TRTLLM-GEN as speculation is.
-MAX_SPECULATIVE_QUERY_LEN = 8
 
 _FUNCTIONS = (XQA, TRTLLM_GEN)
 
@@ -98,6 +97,13 @@ class FlashInferBackend(FlashInfer):
     @classmethod
     def kernel_patterns(cls, variant: str, device: Device) -> tuple[str, ...]:
         return kernel_patterns(variant)
+
+    @classmethod
+    def promised_kernels(
+        cls, workload: WorkloadFields, variant: str, device: Device
+    ) -> tuple[tuple[str, ...], ...]:
+        query_lens = [request.query_len for request in workload.batch_spec.requests]
+        return promised_kernels(variant, query_lens, device)
 
     @classmethod
     def supports_combination(cls, config: AttentionConfig, device: Device) -> str | None:
@@ -289,9 +295,10 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder[FlashInferMetadata]):
         return int((lengths <= 1).to(torch.int32).cumprod(0).sum()), 1
 
 
-class FlashInferImpl(AttentionImpl[FlashInferMetadata]):
-    """Runs what the builder planned. `do_kv_cache_update` must have run before `forward`."""
+class FlashInferImpl(PagedAttentionImpl[FlashInferMetadata]):
+    """Runs what the builder planned."""
 
+    name: ClassVar[str] = "FLASHINFER"
     can_return_lse_for_decode: ClassVar[bool] = True
 
     def __init__(
@@ -308,24 +315,11 @@ class FlashInferImpl(AttentionImpl[FlashInferMetadata]):
         find_variant(variant)
         if attn_type is not AttentionType.DECODER:
             raise UsageError(f"FLASHINFER runs decoders only, not {attn_type}; ask for FLASH_ATTN")
-        self.is_quantized = is_quantized_kv_cache(kv_cache_dtype)
         # XQA and TRTLLM-GEN take float32 only.
         self.sinks = None if sinks is None else sinks.float()
 
-    def do_kv_cache_update(
-        self,
-        layer: AttentionLayer,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """By attnbench's own kernel: FlashInfer's follows no slot mapping."""
-        # Here, so that the class, which the selector asks, needs no triton.
-        from attnbench.backends.triton_attn_launch import write_kv_launch
-
-        scales = (layer._k_scale, layer._v_scale) if self.is_quantized else (None, None)
-        write_kv_launch(key, value, kv_cache.transpose(0, 1), slot_mapping, *scales).run()
+    def paired(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        return kv_cache.transpose(0, 1)
 
     def forward(
         self,
@@ -339,8 +333,7 @@ class FlashInferImpl(AttentionImpl[FlashInferMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if output_scale is not None or output_block_scale is not None:
-            raise UsageError("FLASHINFER does not quantise its output here; call it without scales")
+        self.refuse_scales(output_scale, output_block_scale)
         self._run(layer, query, kv_cache, attn_metadata, output, None)
         return output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,15 @@ from attnbench.errors import UsageError
 
 #: vLLM 0.22.1's VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE: how far contexts can be split.
 WORKSPACE_BYTES = 394 * 1024 * 1024
+
+
+@lru_cache(maxsize=8)
+def workspace(device: torch.device, kernels: str) -> torch.Tensor:
+    """Scratch of one kind of kernels, zero before its first use: shared by all calls on a device,
+    which run one after another, so that copies of a point do not each hold theirs."""
+    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+
 #: FlashInfer's LSE is of base 2.
 LN_2 = 0.6931471805599453
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -39,6 +39,9 @@ CUDA_CORE_GROUPS = (1, 2, 3, 4, 8)
 FP8_QUERY_KERNELS = (FA3, TRTLLM_GEN)
 #: FA3 and XQA have no kernel above (hopper/prefill_sm90.cuh, jit/xqa.py).
 MAX_HEAD_SIZE = 256
+#: A batch whose requests all have this many new tokens or fewer, equally many, is decoded by
+#: TRTLLM-GEN.
+MAX_SPECULATIVE_QUERY_LEN = 8
 #: Page sizes XQA is compiled for (jit/xqa.py).
 XQA_PAGES = (16, 32, 64, 128)
 #: Page sizes vLLM gives TRTLLM-GEN (v1/attention/backends/flashinfer.py:339).
@@ -178,6 +181,17 @@ def default_variant(config: AttentionConfig, device: Device) -> str:
     return "FA2"
 
 
+def phases(variant: Variant, query_lens: Sequence[int]) -> tuple[bool, bool]:
+    """Whether a batch has requests that are decoded, and some that are prefilled.
+
+    TRTLLM-GEN decodes a batch of a few tokens each, equally many, as speculation is.
+    """
+    longest = max(query_lens)
+    if variant.decode == TRTLLM_GEN and min(query_lens) == longest <= MAX_SPECULATIVE_QUERY_LEN:
+        return True, False
+    return min(query_lens) <= 1, longest > 1
+
+
 # --- what a variant refuses -----------------------------------------------------------------------
 def refusal(name: str, config: AttentionConfig, device: Device) -> str | None:
     """Why the kernels of a variant refuse `config`, None if they take it (or are unknown)."""
@@ -196,12 +210,14 @@ def refusal(name: str, config: AttentionConfig, device: Device) -> str | None:
     if not is_fp8 and not _is_same_dtype(config):
         return f"a {config.kv_cache_dtype} KV cache needs queries of the same type"
     for kernels in variant.kernels:
-        if reason := _kernel_refusal(kernels, config, is_fp8):
+        if reason := _kernel_refusal(kernels, config, device, is_fp8):
             return reason
     return None
 
 
-def _kernel_refusal(kernels: str, config: AttentionConfig, is_fp8: bool) -> str | None:
+def _kernel_refusal(
+    kernels: str, config: AttentionConfig, device: Device, is_fp8: bool
+) -> str | None:
     by_trtllm = kernels in (XQA, TRTLLM_GEN)
     if config.has_sink and not by_trtllm:
         return f"FlashInfer's {kernels} kernels take no sinks; TRTLLM-GEN (SM10x) does"
@@ -224,11 +240,18 @@ def _kernel_refusal(kernels: str, config: AttentionConfig, is_fp8: bool) -> str 
             return f"XQA takes blocks of {', '.join(map(str, XQA_PAGES))}: {block_size}"
         case "trtllm-gen" if block_size is not None and block_size not in TRTLLM_PAGES:
             return f"TRTLLM-GEN takes blocks of {', '.join(map(str, TRTLLM_PAGES))}: {block_size}"
+        case "cascade" if _is_hopper(device) and config.head_size > MAX_HEAD_SIZE:
+            # Its `auto` takes FA3 there whatever the head size.
+            return f"cascade is FA3 on 9.x, which ends at head size {MAX_HEAD_SIZE}"
         case "cascade" if is_fp8:
             return "FlashInfer's cascade takes no scales of an fp8 KV cache; use kv=auto"
         case "cascade" if config.has_sliding_window:
             return "a shared prefix has no window of its own; use a workload without window="
     return None
+
+
+def _is_hopper(device: Device) -> bool:
+    return device.capability is not None and device.capability.major == 9
 
 
 def _is_same_dtype(config: AttentionConfig) -> bool:
@@ -238,7 +261,6 @@ def _is_same_dtype(config: AttentionConfig) -> bool:
 
 # --- what is launched -----------------------------------------------------------------------------
 #: Kernels' names in FlashInfer's sources (attention/*.cuh, csrc/xqa); `FP8` before FA3's for fp8.
-#: TRTLLM-GEN is not among them: its kernels come as binaries.
 _KERNEL_PATTERNS = {
     FA2: r"\bBatchPrefillWithPagedKVCacheKernel\b",
     FA3: r"\b(FP8)?PrefillWithKVCacheKernel\b",
@@ -246,12 +268,42 @@ _KERNEL_PATTERNS = {
     XQA: r"\bkernel_mha(_impl)?\b",
     CASCADE: r"\bMergeStateInPlaceKernel\b",
 }
+#: TRTLLM-GEN's kernels come as binaries, whose names end in their phase.
+_TRTLLM_PREFILL = r"\bfmhaSm10\w+Context"
+_TRTLLM_DECODE = r"\bfmhaSm10\w+ForGen"
 
 
 def kernel_patterns(name: str) -> tuple[str, ...]:
-    """`AttentionBackend.kernel_patterns`: those of prefill and of decode."""
-    kernels = VARIANTS[name].kernels if name in VARIANTS else ()
-    return tuple(_KERNEL_PATTERNS[k] for k in kernels if k in _KERNEL_PATTERNS)
+    """`AttentionBackend.kernel_patterns`: those of decode and of prefill."""
+    variant = VARIANTS.get(name)
+    if variant is None:
+        return ()
+    return tuple(dict.fromkeys((_decode_pattern(variant), _prefill_pattern(variant))))
+
+
+def promised_kernels(
+    name: str, query_lens: Sequence[int], device: Device
+) -> tuple[tuple[str, ...], ...]:
+    """`AttentionBackend.promised_kernels` of a batch with so many new tokens a request."""
+    variant = VARIANTS.get(name)
+    if variant is None:
+        return ()
+    if variant.prefill == CASCADE:
+        # Both levels are the wrapper's `auto`: FA3 on Hopper, FA2 elsewhere.
+        levels = FA3 if _is_hopper(device) else FA2
+        return ((_KERNEL_PATTERNS[CASCADE],), (_KERNEL_PATTERNS[levels],))
+    has_decodes, has_prefills = phases(variant, query_lens)
+    found = [_decode_pattern(variant)] if has_decodes else []
+    found += [_prefill_pattern(variant)] if has_prefills else []
+    return tuple((pattern,) for pattern in dict.fromkeys(found))
+
+
+def _decode_pattern(variant: Variant) -> str:
+    return _KERNEL_PATTERNS.get(variant.decode, _TRTLLM_DECODE)
+
+
+def _prefill_pattern(variant: Variant) -> str:
+    return _KERNEL_PATTERNS.get(variant.prefill, _TRTLLM_PREFILL)
 
 
 # --- what is compiled -----------------------------------------------------------------------------
@@ -265,15 +317,14 @@ def compilation_key(workload: WorkloadFields, name: str, device: Device) -> str:
         return ""
     shape = workload.shape
     lengths = [request.query_len for request in workload.batch_spec.requests]
-    phases = set()
-    if min(lengths) <= 1:
-        phases.add(variant.decode)
-    if max(lengths) > 1:
-        phases.add(variant.prefill)
+    has_decodes, has_prefills = phases(variant, lengths)
+    compiled = {variant.decode} if has_decodes else set()
+    if has_prefills:
+        compiled.add(variant.prefill)
     common = f"{workload.dtype} {workload.kv_cache_dtype} {shape.head_size}"
     masks = f"{shape.sliding_window > 0} {shape.logits_soft_cap > 0}"
     found = []
-    for kernels in sorted(phases):
+    for kernels in sorted(compiled):
         match kernels:
             case "xqa":
                 group = shape.num_heads // shape.num_kv_heads

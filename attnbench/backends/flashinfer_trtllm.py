@@ -8,7 +8,7 @@ import torch
 
 from attnbench.backends.builder import KVCacheSpec
 from attnbench.backends.dtypes import is_fp8, torch_dtype
-from attnbench.backends.flashinfer_calls import WORKSPACE_BYTES, PlannedTrtllm
+from attnbench.backends.flashinfer_calls import PlannedTrtllm, workspace
 from attnbench.backends.flashinfer_library import FP8_QUERY_KERNELS, TRTLLM_GEN
 from attnbench.backends.flashinfer_wrappers import Span
 from attnbench.backends.metadata import CommonAttentionMetadata
@@ -21,14 +21,11 @@ class TrtllmPlanner:
         self.spec = spec
         self.names = names
         self.device = device
-        self._workspace: torch.Tensor | None = None
 
     @property
     def workspace(self) -> torch.Tensor:
         """Their own: it holds semaphores that must be zero before a call, and are after it."""
-        if self._workspace is None:
-            self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
-        return self._workspace
+        return workspace(self.device, "trtllm")
 
     def decode(
         self, kernels: str, common: CommonAttentionMetadata, span: Span, query_len: int

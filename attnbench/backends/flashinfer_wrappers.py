@@ -15,7 +15,7 @@ import torch
 
 from attnbench.backends.builder import KVCacheSpec
 from attnbench.backends.dtypes import is_fp8, torch_dtype
-from attnbench.backends.flashinfer_calls import WORKSPACE_BYTES, PlannedCascade, PlannedWrapper
+from attnbench.backends.flashinfer_calls import PlannedCascade, PlannedWrapper, workspace
 from attnbench.backends.flashinfer_library import CUDA_CORES, FP8_QUERY_KERNELS
 from attnbench.backends.metadata import CommonAttentionMetadata
 
@@ -106,7 +106,6 @@ class WrapperPlanner:
         self.names = names
         self.device = device
         self.is_quantized = is_fp8(torch_dtype(spec.kv_cache_dtype))
-        self._workspace: torch.Tensor | None = None
         self._leases: dict[str, Leases] = {}
         self._for_graphs: dict[tuple[object, ...], Any] = {}
         self._common: dict[str, Any] = {
@@ -122,9 +121,7 @@ class WrapperPlanner:
     @property
     def workspace(self) -> torch.Tensor:
         """Partial results of split contexts; all wrappers of a stream may share it."""
-        if self._workspace is None:
-            self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
-        return self._workspace
+        return workspace(self.device, "wrappers")
 
     def decode(self, kernels: str, pages: Pages, max_pages: int, for_graph: bool) -> PlannedWrapper:
         """Requests of one new token each."""

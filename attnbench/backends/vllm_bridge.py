@@ -36,6 +36,11 @@ _KINDS = ("cuda", "rocm", "cpu", "xpu")
 _KERNELS = {"TRITON_ATTN": ("kernel_unified_attention", "_fwd_kernel")}
 
 
+#: Backends that keep keys in tiles of their own behind the shape they state (`ops/paged_attn.py`;
+#: the extension's `cpu_attn_reshape_and_cache`): a context that attnbench writes is not theirs.
+_TILED = ("CPU_ATTN", "ROCM_ATTN", "ROCM_SEGMENTED_ATTN")
+
+
 class _Theirs:
     """A class attribute that is answered by vLLM's class, when it is asked for."""
 
@@ -136,6 +141,11 @@ class VllmBackend(AttentionBackend):
             return ["it is no attention over a KV cache"]
         with library.current_config(config_of_question(library, config)):
             reasons = [str(reason) for reason in _ask(library, theirs, config, device)]
+            if cls.vllm_name in _TILED and _reads_cache(config):
+                reasons.append(
+                    "it keeps keys in tiles of its own, which attnbench does not write; "
+                    "use VLLM:TRITON_ATTN or CPU_ATTN"
+                )
             return reasons + _not_given(library, theirs, config, reasons)
 
 
@@ -170,11 +180,17 @@ def _ask(
     return found
 
 
+def _reads_cache(config: AttentionConfig) -> bool:
+    return config.attn_type in (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
+
+
 def _not_given(
     library: VllmLibrary, theirs: type[Any], config: AttentionConfig, before: list[str]
 ) -> list[str]:
     """What vLLM's predicates leave open and this bridge does not do."""
     reasons = []
+    if config.use_sparse:
+        reasons.append("its indexer, which chooses what sparse queries attend to, is not run here")
     if not config.use_mla and config.v_head_size not in (None, config.head_size):
         reasons.append("v_head_size other than head_size not supported")
     api = library.api
@@ -183,8 +199,7 @@ def _not_given(
         reasons.append("its KV-cache layouts are neither NHD nor HND")
     elif config.kv_cache_layout not in (None, *layouts):
         reasons.append(f"kv_cache_layout {config.kv_cache_layout} not supported")
-    reads_cache = config.attn_type in (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
-    if config.block_size is None or not reads_cache or before:
+    if config.block_size is None or not _reads_cache(config) or before:
         return reasons
     sizes = api.kernel_block_sizes(theirs)
     if not any(

@@ -18,6 +18,7 @@ from attnbench.backends.vllm_bridge_engine import (
     make_config,
     make_layer,
 )
+from attnbench.workload.types import AttentionType
 
 
 @dataclass(slots=True)
@@ -33,6 +34,15 @@ class VllmMetadata:
         """MLA: first tokens of the batch, run in the absorbed form."""
         tokens: int = self.theirs.num_decode_tokens
         return tokens
+
+
+def _attn_type_of(common: CommonAttentionMetadata) -> AttentionType:
+    """The kind of layer a batch is of: vLLM's builders are made for one, ours learn it here."""
+    if common.causal:
+        return AttentionType.DECODER
+    if common.encoder_seq_lens is not None:
+        return AttentionType.ENCODER_DECODER
+    return AttentionType.ENCODER_ONLY
 
 
 class VllmMetadataBuilder(AttentionMetadataBuilder[VllmMetadata]):
@@ -52,8 +62,10 @@ class VllmMetadataBuilder(AttentionMetadataBuilder[VllmMetadata]):
         self.library = load_vllm()
         self.their_class = self.library.backend(self.vllm_name)
         self.limits = Limits()
+        self.attn_type = AttentionType.DECODER
         self.num_blocks = 0
         self._table: torch.Tensor | None = None
+        self._captured: tuple[CommonAttentionMetadata, VllmMetadata] | None = None
         self._make()
 
     def _make(self) -> None:
@@ -75,6 +87,7 @@ class VllmMetadataBuilder(AttentionMetadataBuilder[VllmMetadata]):
             self.their_class,
             self.config,
             self.device,
+            self.attn_type,
             alibi_slopes=slopes,
             sinks=sinks,
         )
@@ -104,14 +117,40 @@ class VllmMetadataBuilder(AttentionMetadataBuilder[VllmMetadata]):
         made = self.theirs.build(common_prefix_len, common, fast_build=fast_build)
         return VllmMetadata(made, self.num_blocks, self.spec.kv_cache_layout)
 
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> VllmMetadata:
+        """As vLLM: metadata for its longest context, which the graph is captured with and keeps,
+        then its `build` of this batch, which fills what the graph reads.
+
+        Of the same batch again, whose tensors may hold other numbers: the second step alone.
+        """
+        self._fit(common_attn_metadata)
+        if self._captured is None or self._captured[0] is not common_attn_metadata:
+            self._captured = (common_attn_metadata, self._capture(common_attn_metadata))
+        self.theirs.build(0, common_metadata(self.library, common_attn_metadata))
+        return self._captured[1]
+
+    def _capture(self, common: CommonAttentionMetadata) -> VllmMetadata:
+        # Some of their builders write to the engine's tensors, which the next step fills again.
+        tensors = (common.seq_lens, common.query_start_loc, common.query_start_loc_cpu)
+        kept = [tensor.clone() for tensor in tensors]
+        longest = common.replace(max_seq_len=self.limits.max_model_len)
+        made = self.theirs.build_for_cudagraph_capture(common_metadata(self.library, longest))
+        for tensor, before in zip(tensors, kept, strict=True):
+            tensor.copy_(before)
+        return VllmMetadata(made, self.num_blocks, self.spec.kv_cache_layout)
+
     def _fit(self, common: CommonAttentionMetadata) -> None:
-        """Buffers for this batch, and the number of blocks, which an engine knows from its start.
+        """A builder for this kind of attention with buffers for this batch, and the number of
+        blocks, which an engine knows from its start.
 
         Looked for again only when another block table comes: the device is waited for.
         """
-        limits = self.limits.fitting(common)
-        if limits != self.limits:
-            self.limits = limits
+        limits, attn_type = self.limits.fitting(common), _attn_type_of(common)
+        if (limits, attn_type) != (self.limits, self.attn_type):
+            self.limits, self.attn_type = limits, attn_type
+            self._captured = None
             self._make()
         table = common.block_table_tensor
         if table is not self._table:

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,14 @@ from attnbench.errors import BackendUnavailableError, WorkloadError
 
 #: Our layouts as orders of the logical `(blocks, heads, tokens, content)` of 0.30+.
 _VIEW_ORDERS = {"NHD": (0, 2, 1, 3), "HND": (0, 1, 2, 3)}
+
+
+class _Numbers(NamedTuple):
+    """What a KV-cache spec is asked for."""
+
+    block_size: int
+    num_kv_heads: int
+    head_size: int
 
 
 class CacheApi(ABC):
@@ -64,7 +72,7 @@ class CacheApi(ABC):
 
     @abstractmethod
     def spec(self, theirs: type[Any], layer: Any, config: Any, block_size: int) -> Any:
-        """The KV-cache spec of a layer, as its builder gets it."""
+        """The KV-cache spec of a layer of any `attn_type`, as its builder gets it."""
 
     @abstractmethod
     def view(self, kv_cache: torch.Tensor, num_blocks: int | None) -> torch.Tensor:
@@ -85,6 +93,26 @@ def cache_api(base: type[Any]) -> CacheApi:
 
 def _block_sizes(sizes: Sequence[Any]) -> tuple[int | MultipleOf, ...]:
     return tuple(size if isinstance(size, int) else MultipleOf(size.base) for size in sizes)
+
+
+def _spec_of(layer: Any, config: Any) -> Any:
+    """The layer's own spec; those of other than decoders are made by layers and runners around it.
+
+    (`CrossAttention.get_kv_cache_spec`; `EncoderOnlyAttentionSpec` in the model runner.)
+    """
+    if getattr(layer, "attn_type", "decoder") == "decoder":
+        return layer.get_kv_cache_spec(config)
+    interface = importlib.import_module("vllm.v1.kv_cache_interface")
+    facts = {
+        "block_size": config.cache_config.block_size,
+        "num_kv_heads": layer.num_kv_heads,
+        "head_size": layer.head_size,
+        "dtype": layer.kv_cache_torch_dtype,
+    }
+    if layer.attn_type == "encoder_decoder":
+        quant_mode = interface.get_kv_quant_mode(layer.kv_cache_dtype)
+        return interface.CrossAttentionSpec(**facts, kv_quant_mode=quant_mode)
+    return interface.EncoderOnlyAttentionSpec(**facts)
 
 
 def _as_bytes(kv_cache: torch.Tensor) -> torch.Tensor:
@@ -130,7 +158,7 @@ class CacheApiBefore030(CacheApi):
         self._set_layout(layout)
 
     def spec(self, theirs: type[Any], layer: Any, config: Any, block_size: int) -> Any:
-        return replace(layer.get_kv_cache_spec(config), block_size=block_size)
+        return replace(_spec_of(layer, config), block_size=block_size)
 
     def view(self, kv_cache: torch.Tensor, num_blocks: int | None) -> torch.Tensor:
         kv_cache = _as_bytes(kv_cache)
@@ -162,35 +190,55 @@ class CacheApiSince030(CacheApi):
         head_size: int,
         kv_cache_dtype: str,
     ) -> tuple[int, ...]:
+        asked = _Numbers(block_size, num_kv_heads, head_size)
+        found = self._content(theirs, asked, kv_cache_dtype)
+        size = head_size * torch_dtype(kv_cache_dtype).itemsize
+        if theirs.is_mla():
+            if found == (1, block_size, size):
+                return (num_blocks, block_size, head_size)
+        elif found == (num_kv_heads, block_size, 2 * size) and not self._has_planes(theirs):
+            return (num_blocks, num_kv_heads, block_size, 2, head_size)
+        elif found == (2 * num_kv_heads, block_size, size) and self._has_planes(theirs):
+            return (num_blocks, 2, num_kv_heads, block_size, head_size)
+        raise _unknown_form(theirs, (num_blocks, *found))
+
+    @staticmethod
+    def _content(theirs: type[Any], asked: _Numbers, kv_cache_dtype: str) -> tuple[int, int, int]:
+        """(head slots, states, bytes of a state) that a backend makes of a usual spec."""
         interface = importlib.import_module("vllm.v1.kv_cache_interface")
         dtype = torch_dtype(kv_cache_dtype)
-        facts: dict[str, Any] = {
-            "block_size": block_size,
-            "num_kv_heads": num_kv_heads,
-            "head_size": head_size,
-            "dtype": torch.uint8 if is_fp8(dtype) else dtype,
-            "kv_quant_mode": interface.get_kv_quant_mode(kv_cache_dtype),
-        }
         make = interface.MLAAttentionSpec if theirs.is_mla() else interface.FullAttentionSpec
-        spec = theirs.customize_spec(make(**facts))
-        slots, states = spec.num_heads, spec.get_num_kernel_states(block_size)
-        content = spec.state_content_size_bytes
-        size = head_size * dtype.itemsize
-        if theirs.is_mla():
-            if (slots, states, content) == (1, block_size, size):
-                return (num_blocks, block_size, head_size)
-        elif (slots, states, content) == (num_kv_heads, block_size, 2 * size):
-            return (num_blocks, num_kv_heads, block_size, 2, head_size)
-        elif (slots, states, content) == (2 * num_kv_heads, block_size, size):
-            return (num_blocks, 2, num_kv_heads, block_size, head_size)
-        raise _unknown_form(theirs, (num_blocks, slots, states, content))
+        usual = make(
+            block_size=asked.block_size,
+            num_kv_heads=asked.num_kv_heads,
+            head_size=asked.head_size,
+            dtype=torch.uint8 if is_fp8(dtype) else dtype,
+            kv_quant_mode=interface.get_kv_quant_mode(kv_cache_dtype),
+        )
+        spec = theirs.customize_spec(usual)
+        states = spec.get_num_kernel_states(asked.block_size)
+        return spec.num_heads, states, spec.state_content_size_bytes
+
+    def _has_planes(self, theirs: type[Any]) -> bool:
+        """Whether K and V have head slots of their own, else they lie beside each other.
+
+        Asked with numbers that differ: with one or two heads a cache of another form, such as one
+        slot with all heads for each of K and V, has the same numbers.
+
+        Raises: WorkloadError for another form.
+        """
+        asked = _Numbers(32, 3, 64)
+        found = self._content(theirs, asked, "bf16")
+        if found not in ((3, 32, 256), (6, 32, 128)):
+            raise _unknown_form(theirs, found)
+        return found[0] == 6
 
     def stride_order(self, theirs: type[Any], layout: str) -> tuple[int, ...]:
         if theirs.is_mla():
             return (0, 1, 2)
-        # Asked with numbers that differ: planes of K and V are dimension 1, or 3.
-        has_planes = self.shape(theirs, 7, 32, 3, 64, "bf16")[1] == 2
-        dims = ((0,), (1, 2), (3,), (4,)) if has_planes else ((0,), (1,), (2,), (3, 4))
+        dims: tuple[tuple[int, ...], ...] = ((0,), (1,), (2,), (3, 4))
+        if self._has_planes(theirs):
+            dims = ((0,), (1, 2), (3,), (4,))
         return tuple(dim for axis in _VIEW_ORDERS[layout] for dim in dims[axis])
 
     def layouts(self, theirs: type[Any]) -> tuple[str, ...]:
@@ -207,7 +255,7 @@ class CacheApiSince030(CacheApi):
         config.cache_config.kv_cache_layout = {"NHD": "LBNHC", "HND": "LBHNC"}[layout]
 
     def spec(self, theirs: type[Any], layer: Any, config: Any, block_size: int) -> Any:
-        spec = theirs.customize_spec(layer.get_kv_cache_spec(config))
+        spec = theirs.customize_spec(_spec_of(layer, config))
         return replace(spec, block_size=block_size)
 
     def view(self, kv_cache: torch.Tensor, num_blocks: int | None) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from attnbench.backends import registry, triton_attn_launch
+from attnbench.backends import flashinfer_calls, registry, triton_attn_launch
 from tests.backends.flash_attn.conftest import write_on_the_cpu
 from tests.backends.flashinfer import fake_library
 
@@ -19,7 +19,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Makes a recorded library importable."""
     registry.reload_entry_points()
     monkeypatch.setattr(triton_attn_launch, "write_kv_launch", write_on_the_cpu)
-    monkeypatch.setattr("attnbench.backends.flashinfer_wrappers.WORKSPACE_BYTES", 1 << 24)
-    monkeypatch.setattr("attnbench.backends.flashinfer_trtllm.WORKSPACE_BYTES", 1 << 24)
+    flashinfer_calls.workspace.cache_clear()
+    monkeypatch.setattr(flashinfer_calls, "WORKSPACE_BYTES", 1 << 24)
     yield lambda record: fake_library.install(monkeypatch, record)
+    flashinfer_calls.workspace.cache_clear()
     registry.reload_entry_points()

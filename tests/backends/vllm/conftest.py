@@ -10,8 +10,9 @@ import pytest
 from attnbench.backends import registry, vllm_bridge
 from attnbench.backends.vllm_bridge_engine import load_vllm, parameters_of
 from tests.backends.vllm import fake_vllm
+from tests.backends.vllm.fake_state import State
 
-Install = Callable[[str], fake_vllm.State]
+Install = Callable[[str], State]
 
 
 def forget() -> None:

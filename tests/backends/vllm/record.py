@@ -32,6 +32,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
         "AttentionMetadataBuilder.__init__",
         "AttentionMetadataBuilder.get_cudagraph_support",
         "AttentionMetadataBuilder.build",
+        "AttentionMetadataBuilder.build_for_cudagraph_capture",
         "AttentionMetadataBuilder.use_cascade_attention",
         "AttentionImplBase.process_weights_after_loading",
         "AttentionImpl.__init__",
@@ -66,7 +67,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     _BACKEND: ("CommonAttentionMetadata",),
     "v1/kv_cache_interface.py": (
         *("KVCacheSpec", "AttentionSpec", "FullAttentionSpec", "SlidingWindowSpec"),
-        "MLAAttentionSpec",
+        *("MLAAttentionSpec", "EncoderOnlyAttentionSpec", "CrossAttentionSpec"),
     ),
     "config/cache.py": ("CacheConfig",),
     "config/scheduler.py": ("SchedulerConfig",),

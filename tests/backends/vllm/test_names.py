@@ -26,7 +26,7 @@ from attnbench.measure.point import refusals
 from attnbench.selection import config_of, consider, find_request
 from attnbench.workload import Workload
 from tests.backends.vllm.conftest import Install
-from tests.backends.vllm.fake_vllm import RECORDED, VERSIONS
+from tests.backends.vllm.fake_state import RECORDED, VERSIONS
 
 SM90 = cuda_device(9, 0)
 DECODE = Workload.parse("8q1s4k")
