@@ -38,8 +38,7 @@ def dashboard(
     table = folder.table()
     runs = runs_of(table)
     published = folder.published_runs()
-    own = [one.run_id for one in runs if one.run_id not in published]
-    judgement = judge(table, run or (own[-1] if own else None))
+    judgement = judge(table, run or None, published=published)
     shard = str(folder.header(judgement.run.run_id).options.get("shard", ""))
     judgement = replace(judgement, shard=shard)
     index = render(

@@ -11,11 +11,10 @@ from attnbench.cli.output import Format, FormatOption, ResultsOption, emit, note
 from attnbench.errors import UsageError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from attnbench.history.comparison import ComparedSeries
     from attnbench.history.series import Series
-    from attnbench.history.verdict import SeriesVerdict
+    from attnbench.history.series_verdict import SeriesVerdict
+    from attnbench.store import ResultsFolder
 
 MetricOption = Annotated[
     list[str] | None,
@@ -34,8 +33,10 @@ def compare(
     """Compare two runs, commits or stacks, point by point. Exit 1: B is slower somewhere."""
     from attnbench.history.comparison import compare as compare_sides
     from attnbench.history.rule import Verdict, VerdictSettings
+    from attnbench.history.verdict import NEEDED_COLUMNS
 
-    found = compare_sides(_table(results), a, b, VerdictSettings(metrics=_metrics(metric)))
+    table = _folder(results).table(NEEDED_COLUMNS)
+    found = compare_sides(table, a, b, VerdictSettings(metrics=_metrics(metric)))
     for side in (found.a, found.b):
         newest = side.runs[-1]
         note(
@@ -107,14 +108,17 @@ def history(
     from attnbench.history.best import BEST_COLUMNS, best_backends, best_row
     from attnbench.history.rule import VerdictSettings
     from attnbench.history.series import Axis, series_of
-    from attnbench.history.verdict import judge_series
+    from attnbench.history.series_verdict import judge_series
+    from attnbench.history.verdict import NEEDED_COLUMNS
 
     if by not in ("series", "backend", *Axis):
         raise UsageError(f"--by {by!r} is not known; use one of series, commit, stack, backend")
     if by == "backend" and metric:
         raise UsageError("--by backend compares metric attention; leave out --metric beside it")
     settings = VerdictSettings(metrics=_metrics(metric))
-    every = series_of(_table(results), settings.metrics)
+    folder = _folder(results)
+    table = folder.table(NEEDED_COLUMNS)
+    every = series_of(table, settings.metrics, folder.published_runs())
     chosen = [
         s
         for s in every
@@ -136,13 +140,11 @@ def history(
         emit(rows, format, columns)
 
 
-def _table(results: Path | None) -> pa.Table:
-    from attnbench.history.verdict import NEEDED_COLUMNS
+def _folder(results: Path | None) -> ResultsFolder:
     from attnbench.settings import load_settings
     from attnbench.store import ResultsFolder
 
-    folder = results if results is not None else load_settings().results
-    return ResultsFolder(folder).table(NEEDED_COLUMNS)
+    return ResultsFolder(results if results is not None else load_settings().results)
 
 
 def _metrics(chosen: list[str] | None) -> tuple[str, ...]:

@@ -107,7 +107,10 @@ def nightly(
         duration_s = sweep.measure("measuring").duration_s
         planned = [point.point_id for point in sweep.plan]
         run_id = sweep.header.run_id
-        judgement = judge(folder.table(NEEDED_COLUMNS), run_id, planned=planned)
+        published = folder.published_runs()
+        judgement = judge(
+            folder.table(NEEDED_COLUMNS), run_id, planned=planned, published=published
+        )
         # A night that was stopped while it confirmed goes on with what it had begun to confirm.
         flagged = set(judgement.flagged_points()) | _confirmed_points(folder, run_id)
         if flagged:
@@ -119,7 +122,9 @@ def nightly(
                 replicates=max(MIN_CONFIRMATIONS, sweep.options.replicates),
             )
             duration_s += sweep.again(again, confirm).measure("confirming").duration_s
-            judgement = judge(folder.table(NEEDED_COLUMNS), run_id, planned=planned)
+            judgement = judge(
+                folder.table(NEEDED_COLUMNS), run_id, planned=planned, published=published
+            )
     if sweep.options.shard:
         judgement = replace(judgement, dropped=(), shard=sweep.options.shard)
 
@@ -141,7 +146,7 @@ def nightly(
         pages=load_pages(folder=settings.dashboards),
         summary=markdown,
         ceilings=folder.ceilings(),
-        published=folder.published_runs(),
+        published=published,
     )
     if format is Format.TABLE:
         print(summary_text(judgement, color=sys.stdout.isatty(), **facts))

@@ -10,6 +10,14 @@ import typer
 
 from attnbench.cli.output import Format, FormatOption, ResultsOption, emit
 from attnbench.cli.sweeping import L2_HELP, LOCK_HELP, RATED_HELP, SHARD_HELP, TIMER_HELP
+from attnbench.cli.workload_options import (
+    FEATURES,
+    BlockSizeOption,
+    DtypeOption,
+    KVCacheDtypeOption,
+    ShapeOption,
+    workload_text,
+)
 from attnbench.errors import ExitCode, SelectionError, UsageError
 
 if TYPE_CHECKING:
@@ -28,9 +36,6 @@ COLUMNS = (
 #: Rows alike in these are replicates of one another.
 _ONE_LINE = ("workload", "backend", "variant", "metric", "timer", "l2_state", "execution")
 
-#: Options that are features of the workload -> their keys in its text.
-FEATURES = {"shape": "shape", "dtype": "dtype", "kv_cache_dtype": "kv", "block_size": "block"}
-
 
 def run(
     ctx: typer.Context,
@@ -46,12 +51,10 @@ def run(
     preset: Annotated[
         str, typer.Option(help="Preset of the suites: smoke, nightly, full.")
     ] = "smoke",
-    shape: Annotated[str, typer.Option(help="Named attention shape, e.g. llama-3-8b.")] = "",
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "",
-    kv_cache_dtype: Annotated[
-        str, typer.Option(help="auto, fp32, fp16, bf16, fp8_e4m3 or fp8_e5m2.")
-    ] = "",
-    block_size: Annotated[int, typer.Option(help="Tokens in a KV-cache block; 0: default.")] = 0,
+    shape: ShapeOption = "",
+    dtype: DtypeOption = "",
+    kv_cache_dtype: KVCacheDtypeOption = "",
+    block_size: BlockSizeOption = 0,
     backend: Annotated[
         list[str] | None,
         typer.Option(help="Only this backend, NAME or NAME:variant; repeat for several."),
@@ -139,8 +142,8 @@ def _plan(
         refuse_beside(ctx, "--suite", allowed=given - set(FEATURES))
         return make_plan(choose_suites(settings, suites), ctx.params["preset"], backends, device)
     refuse_beside(ctx, "a batch spec", allowed=given - {"preset"})
-    features = [f"{key}={ctx.params[name]}" for name, key in FEATURES.items() if ctx.params[name]]
-    return plan_workloads(expand_workloads([" ".join([*spec, *features])]), backends, device)
+    workloads = expand_workloads([workload_text(spec, ctx.params)])
+    return plan_workloads(workloads, backends, device)
 
 
 def summary_rows(

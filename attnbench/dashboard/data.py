@@ -14,8 +14,9 @@ from attnbench.history.roofline import roofline
 from attnbench.history.rule import VerdictSettings
 from attnbench.history.runs import RunSummary, environment_change
 from attnbench.history.series import RunValue, Series, sample_statistics
+from attnbench.history.series_verdict import SeriesVerdict, judge_series
 from attnbench.history.summary import repro_command
-from attnbench.history.verdict import Judgement, SeriesVerdict, judge_series
+from attnbench.history.verdict import Judgement
 from attnbench.store.ceilings import Ceilings
 
 #: A chunk of series is one file, loaded when one of its series is opened: about this many in each.

@@ -7,6 +7,7 @@ from typing import Any
 
 from attnbench.history.rule import Reason, Verdict
 from attnbench.history.runs import RunSummary
+from attnbench.history.series_verdict import SeriesVerdict
 from attnbench.history.summary import (
     duration_text,
     headline,
@@ -18,7 +19,7 @@ from attnbench.history.summary import (
     undecided_advice,
     verdict_counts,
 )
-from attnbench.history.verdict import Judgement, SeriesVerdict
+from attnbench.history.verdict import Judgement
 
 #: Entries of one kind on the overview; every series is in the searchable list below them.
 _LISTED = 50
@@ -42,6 +43,7 @@ _SENTENCES = {
     Verdict.UNDECIDED: "Something may have got slower; this run cannot tell.",
     Verdict.INVALID: "Something could not be compared with earlier runs.",
 }
+_FIRST = "The next run is judged by this one."
 
 
 def overview_context(
@@ -57,13 +59,8 @@ def overview_context(
         "headline": headline(judgement).removeprefix("attnbench nightly · "),
         "verdict": str(verdict),
         "sign": _SIGNS[verdict],
-        "sentence": _SENTENCES[verdict]
-        + (
-            f" Shard {judgement.shard} of the plan only; see the runs below."
-            if judgement.shard
-            else ""
-        ),
-        "counts": verdict_counts(judgement),
+        "sentence": _sentence(judgement),
+        "counts": _sentence_case(verdict_counts(judgement)),
         "exit_code": int(judgement.exit_code),
         "incomplete": judgement.incomplete,
         "run": _run_row(run, run_index, published),
@@ -77,6 +74,18 @@ def overview_context(
         "runs": [_run_row(one, run_index, published) for one in reversed(runs[-_RUNS:])],
         "num_runs": len(runs),
     }
+
+
+def _sentence(judgement: Judgement) -> str:
+    is_new = all(v.reasons[0] is Reason.NO_BASELINE for v in judgement.verdicts)
+    sentence = _FIRST if is_new else _SENTENCES[judgement.verdict]
+    if judgement.shard:
+        sentence += f" Shard {judgement.shard} of the plan only; see the runs below."
+    return sentence
+
+
+def _sentence_case(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _sections(judgement: Judgement) -> list[dict[str, Any]]:

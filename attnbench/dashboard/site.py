@@ -25,6 +25,9 @@ from attnbench.store.disk import write_error
 if TYPE_CHECKING:
     import jinja2
 
+UPGRADE_FILE = "upgrade.html"
+"""The page that `attnbench upgrade --html` may have left in the folder; it gets a link."""
+
 _ASSETS = ("common.js", "charts.js", "style.css")
 
 
@@ -51,7 +54,7 @@ def render(
     """
     pages = pages or Pages()
     settings = settings or VerdictSettings()
-    every = series_of(table)
+    every = series_of(table, published=published)
     try:
         index = _write(
             table,
@@ -110,10 +113,11 @@ def _write(
             scripts[f"run-{run_index[run.run_id]}"] = data.conditions_data(table, run.run_id)
     _write_scripts(out / "data", scripts)
     _write_assets(out / "assets", pages)
-    environment = _environment()
+    environment = jinja_environment()
     context = {
         "site": pages,
-        "nav": [(_file_of(p), p, PAGE_TITLES[p]) for p in pages.pages],
+        "nav": [(_file_of(p), p, PAGE_TITLES[p]) for p in pages.pages]
+        + [(file, "upgrade", "Upgrade") for file in (UPGRADE_FILE,) if (out / file).is_file()],
         "has_matrix": matrix is not None,
         **overview_context(judgement, runs, run_index, published),
     }
@@ -149,7 +153,8 @@ def _write_assets(folder: Path, pages: Pages) -> None:
             shutil.copyfile(script, target)
 
 
-def _environment() -> jinja2.Environment:
+def jinja_environment() -> jinja2.Environment:
+    """Templates of the pages: everything is escaped, a value that is missing is an error."""
     import jinja2
 
     return jinja2.Environment(

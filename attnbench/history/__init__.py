@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from attnbench.history.series import Axis as Axis
     from attnbench.history.series import Series as Series
     from attnbench.history.series import series_of as series_of
+    from attnbench.history.series_verdict import SeriesVerdict as SeriesVerdict
     from attnbench.history.summary import summary_markdown as summary_markdown
     from attnbench.history.summary import summary_text as summary_text
     from attnbench.history.verdict import NEEDED_COLUMNS as NEEDED_COLUMNS
     from attnbench.history.verdict import Judgement as Judgement
-    from attnbench.history.verdict import SeriesVerdict as SeriesVerdict
     from attnbench.history.verdict import judge as judge
 
 _HOMES = {
@@ -35,7 +35,7 @@ _HOMES = {
     "Reason": "rule",
     "RunSummary": "runs",
     "Series": "series",
-    "SeriesVerdict": "verdict",
+    "SeriesVerdict": "series_verdict",
     "Verdict": "rule",
     "VerdictSettings": "rule",
     "compare": "comparison",

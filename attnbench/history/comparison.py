@@ -15,7 +15,8 @@ from attnbench.history.rule import Estimate, Reason, Verdict, VerdictSettings, d
 from attnbench.history.rule import estimate_groups as estimate_of
 from attnbench.history.runs import EnvironmentChange, RunSummary, environment_change, runs_of
 from attnbench.history.series import RunValue, Series, gravest, series_of
-from attnbench.history.verdict import differing_fields, is_supported
+from attnbench.history.series_verdict import is_supported
+from attnbench.history.verdict import differing_fields
 from attnbench.store.record import Status
 
 #: Shorter prefixes of a commit, stack or run id name too much.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -106,6 +106,7 @@ class RunValue:
     `replicates` and `confirmations` are the medians, in seconds, of the samples of each process;
     the latter of the processes that re-measured the point because it was flagged. `noise` is the
     interquartile range of the samples over their median (median over the replicates).
+    `is_published`: read from `results/published/`, perhaps of somebody else's machine.
     """
 
     run_id: str
@@ -125,6 +126,7 @@ class RunValue:
     discarded: int = 0
     stop_reasons: tuple[str, ...] = ()
     max_abs_error: float | None = None
+    is_published: bool = False
 
     @property
     def is_timed(self) -> bool:
@@ -179,7 +181,9 @@ class Series:
 
     @property
     def newest(self) -> RunValue:
-        return self.values[-1]
+        """Of one's own runs; of published ones where there is no other."""
+        own = [value for value in self.values if not value.is_published]
+        return (own or self.values)[-1]
 
     def at(self, run_id: str) -> RunValue | None:
         """The value of one run, None if the run did not plan this point."""
@@ -205,8 +209,10 @@ class Series:
         return tuple(levels)
 
 
-def series_of(table: pa.Table, metrics: Sequence[str] | None = None) -> list[Series]:
-    """All series of `table`, sorted by title and key.
+def series_of(
+    table: pa.Table, metrics: Sequence[str] | None = None, published: Collection[str] = ()
+) -> list[Series]:
+    """All series of `table`, sorted by title and key. `published` are ids of published runs.
 
     A row that carries no samples may not know its timer (a refused point was never timed). It
     joins the series of its exact key if there is one, else every timed series of its point, metric
@@ -246,7 +252,7 @@ def series_of(table: pa.Table, metrics: Sequence[str] | None = None) -> list[Ser
         ]
         values.sort(key=lambda v: (v.started_at, v.run_id))
         result.append(Series(key=key, identity=identity, values=tuple(values)))
-    _align_starts(result, _run_starts(columns))
+    _complete(result, _run_starts(columns), published)
     result.sort(key=lambda s: (s.title, s.key))
     return result
 
@@ -330,10 +336,16 @@ def _run_starts(columns: Mapping[str, Sequence[Any]]) -> dict[str, datetime]:
     return starts
 
 
-def _align_starts(series: list[Series], starts: Mapping[str, datetime]) -> None:
-    """Give every value the start of its run, so that all series order the runs alike."""
+def _complete(
+    series: list[Series], starts: Mapping[str, datetime], published: Collection[str]
+) -> None:
+    """Give every value the start of its run, so that all series order the runs alike, and whether
+    that run is a published one."""
     for i, one in enumerate(series):
-        values = [replace(v, started_at=starts[v.run_id]) for v in one.values]
+        values = [
+            replace(v, started_at=starts[v.run_id], is_published=v.run_id in published)
+            for v in one.values
+        ]
         values.sort(key=lambda v: (v.started_at, v.run_id))
         series[i] = replace(one, values=tuple(values))
 

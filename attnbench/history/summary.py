@@ -10,7 +10,8 @@ from typing import Any
 from attnbench.history.rule import Estimate, Reason, Verdict
 from attnbench.history.runs import RunSummary
 from attnbench.history.series import RunValue
-from attnbench.history.verdict import Judgement, SeriesVerdict
+from attnbench.history.series_verdict import SeriesVerdict
+from attnbench.history.verdict import Judgement
 
 #: How many entries of one kind are listed before "and N more".
 _LISTED = 3

@@ -176,8 +176,11 @@ class WorkerExecutor(_Executor):
         raise InfrastructureError(
             f"no worker process works on {self.setup.device}, and a fresh one did not either: "
             f"{causes[-1]}; mend that (`attnbench backends` names a library that fails to load, "
-            f"nvidia-smi a device that is lost), then go on with --resume {self.setup.run_id}"
+            f"nvidia-smi a device that is lost), then {self._again()}"
         )
+
+    def _again(self) -> str:
+        return f"go on with --resume {self.setup.run_id}"
 
     def _drop(self) -> None:
         if self._worker is not None:

@@ -256,6 +256,9 @@ class Verifier:
 class _VerifyingExecutor(WorkerExecutor):
     """A worker that verifies; replaced when it is lost, or no longer to be trusted."""
 
+    def _again(self) -> str:
+        return "verify again"
+
     def verify(self, task: VerifyTask) -> VerifyOutcome:
         worker = self._worker or self._start()
         try:

@@ -1,13 +1,27 @@
-"""What `attnbench verify` says: rows of its table, and a report to paste into an issue."""
+"""What `attnbench verify` says: rows of its table, and a report to paste into an issue.
+
+A report is pasted in public, so names of hosts, accounts and folders are taken out of what others
+wrote into it (reasons, tracebacks); files of source keep their names and lines.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import platform
+import re
+import secrets
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
+from attnbench.backends.registry import backend_entry
 from attnbench.measure.verify import Finding, Verification
 from attnbench.measure.verify_shrink import Smallest
+from attnbench.measure.verify_worker import VerifyOutcome
+from attnbench.store.anonymous import Anonymizer, names_here, users_in
 from attnbench.store.record import Status
 from attnbench.workload import Workload
 from attnbench.workload.batch_spec import format_batch_spec
@@ -17,6 +31,17 @@ COLUMNS = (
     *("call_error", "step_error", "drift", "tolerance", "reasons"),
 )
 REFERENCE = "reference"
+
+#: A right backend is named if it is so many times as far off as the nearest.
+_OUTLIER = 5.0
+
+#: Lines of a traceback, from its end, that go into a report.
+_TRACE_LINES = 30
+
+#: A file of source within a path: its own name tells nothing of anybody.
+_SOURCE = re.compile(
+    r"(?<![\w>])/(?:[\w.+-]+/)+([\w.+-]+\.(?:py|cu|cuh|cc|cpp|cxx|c|h|hpp|inl|so)\b)"
+)
 
 
 def verification_rows(found: Verification) -> list[dict[str, Any]]:
@@ -74,7 +99,26 @@ def conclusion(found: Verification) -> str:
     if not errors:
         return f"none run{others}"
     worst = max(errors) / found.tolerance
-    return f"{ran} run{others}; all differences are rounding: at most {worst:.2f} of the tolerance"
+    return (
+        f"{ran} run{others}; all differences are rounding: at most {worst:.2g} of the tolerance"
+        f"{_outliers(found)}"
+    )
+
+
+def _outliers(found: Verification) -> str:
+    """Right backends that are much further off than the nearest: formats may explain it, or not."""
+    errors = {
+        f.name: max(f.call_error, f.step_error or 0.0)
+        for f in found.ran
+        if f.call_error is not None
+    }
+    nearest = min(errors, key=lambda name: errors[name])
+    far = [
+        f"{name} is {error / errors[nearest]:.0f} times as far off as {nearest}"
+        for name, error in errors.items()
+        if error > _OUTLIER * errors[nearest] > 0
+    ]
+    return f"; but {', '.join(far)}: does it round more by design?" if far else ""
 
 
 def reproduce(workload: Workload, backend: str, steps: int) -> str:
@@ -84,10 +128,43 @@ def reproduce(workload: Workload, backend: str, steps: int) -> str:
 
 def issue_report(found: Verification, smallest: Mapping[str, Smallest]) -> str:
     """Markdown. `smallest`: by the name of a failed backend; one that is missing was not shrunk."""
+    anonymous = _anonymizer(found, smallest)
+    found = _without_names(found, anonymous)
+    smallest = {
+        name: replace(small, outcome=_nameless(small.outcome, anonymous))
+        for name, small in smallest.items()
+    }
     parts = [_title(found)]
     parts += [_failure(found, finding, smallest.get(finding.name)) for finding in found.failed]
     parts.append(_context(found))
     return "\n".join(parts)
+
+
+def _anonymizer(found: Verification, smallest: Mapping[str, Smallest]) -> Callable[[str], str]:
+    hosts, users, homes = names_here()
+    outcomes = [f.outcome for f in found.findings] + [small.outcome for small in smallest.values()]
+    texts = [text for outcome in outcomes for text in (*outcome.reasons, outcome.trace)]
+    anonymizer = Anonymizer(
+        secrets.token_bytes(32),
+        hosts={*hosts, found.environment.hostname},
+        users=users | users_in(texts),
+        homes=homes,
+        gpus=[found.environment.device_uuid],
+    )
+    return lambda text: anonymizer.text(_SOURCE.sub(r"<path>/\1", text))
+
+
+def _without_names(found: Verification, anonymous: Callable[[str], str]) -> Verification:
+    findings = tuple(
+        replace(finding, outcome=_nameless(finding.outcome, anonymous))
+        for finding in found.findings
+    )
+    return replace(found, findings=findings)
+
+
+def _nameless(outcome: VerifyOutcome, anonymous: Callable[[str], str]) -> VerifyOutcome:
+    trace = "\n".join(anonymous(line) for line in outcome.trace.splitlines())
+    return replace(outcome, reasons=tuple(map(anonymous, outcome.reasons)), trace=trace)
 
 
 def _title(found: Verification) -> str:
@@ -107,22 +184,36 @@ def _failure(found: Verification, finding: Finding, small: Smallest | None) -> s
             f"- a right result is within {found.tolerance:.3g} of each row's size: this difference "
             "is a bug, not rounding"
         )
+    lines.append(f"- backend: {_owner(finding)}")
+    if finding.outcome.trace:
+        kept = finding.outcome.trace.strip().splitlines()[-_TRACE_LINES:]
+        lines += ["", "```", *kept, "```"]
     lines += ["", "Reproduce:", "", "```"]
     if small is None:
         lines += [reproduce(found.workload, finding.name, found.steps), "```", ""]
         return "\n".join(lines)
+    tries = f"{small.tries} {'try' if small.tries == 1 else 'tries'}"
     how_far = "nothing smaller fails" if small.is_final else "stopped there"
     lines += [
         reproduce(small.workload, finding.name, small.steps),
         "```",
         "",
-        f"Smallest failing batch found ({small.tries} tries, {how_far}):",
+        f"Smallest failing batch found ({tries}, {how_far}):",
         "",
         *_batch_lines(small.workload, small.steps),
         *[f"- {reason}" for reason in small.outcome.reasons],
         "",
     ]
     return "\n".join(lines)
+
+
+def _owner(finding: Finding) -> str:
+    """Where the code of a backend comes from: a name alone does not say it."""
+    entry = backend_entry(finding.planned.backend)
+    package = entry.owner.removeprefix("package ")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a program registered it
+        package += f" {importlib.metadata.version(package)}"
+    return f"`{entry.class_path}` of {package}"
 
 
 def _batch_lines(workload: Workload, steps: int) -> list[str]:
@@ -174,6 +265,8 @@ def _context(found: Verification) -> str:
         "## As found",
         "",
         *_batch_lines(found.workload, found.steps),
+        f"- command: `{_typed(found)}`",
+        f"- on {datetime.now(UTC):%Y-%m-%d} with {platform.system()} {platform.release()}",
         f"- device: {', '.join(device)}",
         f"- attnbench {environment.harness_version}{commit}",
         f"- versions: {', '.join(environment.stack)}",
@@ -184,6 +277,11 @@ def _context(found: Verification) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _typed(found: Verification) -> str:
+    backends = " ".join(f"--backend {finding.name}" for finding in found.findings)
+    return f"attnbench verify {shlex.quote(found.workload.text)} {backends} --steps {found.steps}"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

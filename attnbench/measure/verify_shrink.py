@@ -10,11 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 
 from attnbench.errors import WorkloadError
 from attnbench.measure.verify_worker import VerifyOutcome
+from attnbench.store.record import Status
 from attnbench.workload import Workload
 from attnbench.workload.types import AttentionShape, BatchSpec, Request
+
+#: Seconds after which no new try is begun.
+BUDGET_S = 60.0
 
 #: Tries one at a time, request by request, only where there are this few.
 _FEW = 6
@@ -25,7 +30,7 @@ class Smallest:
     """The smallest failing batch that was found.
 
     is_final: nothing smaller fails; False: the time or number of tries ran out before that was
-    known.
+    known. is_stopped: that was because somebody pressed Ctrl-C.
     """
 
     workload: Workload
@@ -33,6 +38,7 @@ class Smallest:
     outcome: VerifyOutcome
     tries: int
     is_final: bool
+    is_stopped: bool = False
 
 
 def shrink(
@@ -41,11 +47,13 @@ def shrink(
     outcome: VerifyOutcome,
     ask: Callable[[Workload, int], VerifyOutcome],
     *,
-    budget_s: float = 60.0,
+    budget_s: float = BUDGET_S,
     max_tries: int = 200,
     now_s: Callable[[], float] = time.monotonic,
 ) -> Smallest:
-    """Cut `workload` down while `ask` says that it fails with the status of `outcome`.
+    """Cut `workload` down while `ask` says that it fails as in `outcome`.
+
+    A Ctrl-C ends the search, not the program: what was found so far is worth a report.
 
     Args:
         steps: decode steps it fails within.
@@ -67,12 +75,26 @@ def shrink(
                 return replace(best, tries=tries)
             tried.add((smaller.text, fewer))
             tries += 1
-            found = ask(smaller, fewer)
-            if found.status == outcome.status:
+            try:
+                found = ask(smaller, fewer)
+            except KeyboardInterrupt:
+                return replace(best, tries=tries, is_stopped=True)
+            if _way(found) == _way(outcome):
                 best = Smallest(smaller, fewer, found, tries, is_final=False)
                 break
         else:
             return replace(best, tries=tries, is_final=True)
+
+
+def _way(outcome: VerifyOutcome) -> tuple[str, ...]:
+    """How it failed. Another exception, signal or kind of wrong output may be another bug."""
+    reason = outcome.reasons[0] if outcome.reasons else ""
+    if outcome.status == Status.INCORRECT and outcome.checks:
+        last = outcome.checks[-1]
+        return str(outcome.status), "LSE" if "LSE is off" in reason else str(isnan(last.rel_error))
+    if outcome.status in (Status.CRASH, Status.ERROR):
+        return str(outcome.status), reason.partition(":")[0]
+    return (str(outcome.status),)
 
 
 def neighbours(workload: Workload, steps: int) -> Iterator[tuple[Workload, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +54,13 @@ class VerifyOutcome:
         status: OK, INCORRECT, UNSUPPORTED, ERROR, OOM, CRASH or TIMEOUT.
         checks: the call, then each step, against the reference for the same inputs, up to the
             first that is wrong.
+        trace: where an ERROR was raised, for people.
     """
 
     status: Status
     reasons: tuple[str, ...] = ()
     checks: tuple[OutputCheck, ...] = ()
+    trace: str = ""
 
     @property
     def has_failed(self) -> bool:
@@ -85,7 +88,8 @@ def verify_point(
         return VerifyOutcome(Status.UNSUPPORTED, (describe(error),))
     # Whatever a kernel library raises is the answer about that backend.
     except Exception as error:
-        return VerifyOutcome(failure_status(error), (describe(error),))
+        trace = "".join(traceback.format_exception(error))
+        return VerifyOutcome(failure_status(error), (describe(error),), trace=trace)
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,9 @@ class WorkerProcess:
         self._process: BaseProcess = context.Process(
             target=serve, args=(theirs, setup), daemon=True, name="attnbench-worker"
         )
+        # A Ctrl-C reaches the new process too until it has a session of its own, and would leave
+        # its traceback behind. It inherits what is blocked; here the signal waits for the start.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
         except BaseException:
@@ -105,6 +108,7 @@ class WorkerProcess:
             raise
         finally:
             theirs.close()
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         self._death = _watch(self._process)
 
     def send(self, task: Task, work: PlannedPoint | VerifyTask | None = None) -> None:

@@ -13,7 +13,7 @@ from attnbench.errors import UsageError
 from attnbench.store.ceilings import Ceilings
 
 #: The version of the stored columns. `schema.HISTORY` says what each version changed.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _RUN_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
 

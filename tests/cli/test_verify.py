@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,13 +87,62 @@ def test_a_wrong_backend_exits_4_with_a_report_whose_command_shows_it_again(
         (("verify", "3q1s40", "--steps", "-1"), "--steps -1"),
         (("verify", "3q1s40", "--backend", "CPU_ATN"), "did you mean CPU_ATTN"),
         (("verify", "3x1s40"), "3x1s40"),
-        (("verify", "3q1s40", "--backend", "TRITON_MLA"), "TRITON_MLA refuses '3q1s40'"),
+        (
+            ("verify", "3q1s40", "--backend", "TRITON_MLA", "--report", "r.md"),
+            "TRITON_MLA refuses '3q1s40'",
+        ),
+        (("verify", "{1,2}q1s40"), "verify takes one workload"),
+        (("verify", "3q1s40", "--report", "nowhere/r.md"), "nowhere is no such place"),
+        (("verify", "3q1s40", "--report", "suites"), "--report 'suites' is a folder"),
+        (("verify", "3q1s40", "--dtype", "fp99"), "fp99"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(
-    words: tuple[str, ...], says: str, attnbench: Attnbench
+    words: tuple[str, ...], says: str, attnbench: Attnbench, project: Path
 ) -> None:
     done = attnbench(*words)
     assert done.returncode == 2, done.stderr
     assert says in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+    assert not list(project.glob("*.md")), "there is nothing to report"
+
+
+def test_features_are_options_as_they_are_of_run(attnbench: Attnbench) -> None:
+    done = attnbench(
+        "verify", "2q1s40", "heads=4/2", "--dtype", "fp32", "--block-size", "32",
+        "--kv-cache-dtype", "fp8_e4m3", "--steps", "1", "--report", "found.md",
+        "--backend", "TORCH_SDPA", "--backend", "FLEX_ATTENTION", "--format", "markdown",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "| FLEX_ATTENTION | reference | UNSUPPORTED |" in done.stdout
+
+
+@pytest.mark.usefixtures("suspects")
+def test_ctrl_c_while_it_shrinks_leaves_the_report(
+    project: Path,
+) -> None:
+    command = [sys.executable, "-m", "attnbench", "verify", *SPEC, "--backend", "HANGING"]
+    with subprocess.Popen(
+        [*command, "--timeout", "2", "--steps", "1"],
+        cwd=project,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("looking for"):
+                break
+        time.sleep(1)  # within its first try, or the worker that comes after the killed one
+        os.killpg(process.pid, signal.SIGINT)
+        said += process.stderr.readlines()
+    assert process.returncode == 4
+    text = "".join(said)
+    assert "up to 62 s" in text
+    assert "Traceback" not in text
+    assert "report: attnbench-verify-" in text
+    (report,) = project.glob("attnbench-verify-*.md")
+    assert "stopped there" in report.read_text(encoding="utf-8")

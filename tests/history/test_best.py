@@ -70,6 +70,28 @@ def test_what_is_not_clear(second: tuple[float, ...], more: dict[str, Any], why:
     assert not best.is_clear, why
 
 
+def test_other_metrics_are_no_contenders() -> None:
+    rows = [
+        *times(1, "TORCH_SDPA", 1e-3, 1e-3, 1e-3),
+        *times(1, "CPU_ATTN", 1e-6, 1e-6, 1e-6, metric="metadata_build"),
+    ]
+    (best,) = best_of(rows)
+    assert [c.backend for c in best.contenders] == ["TORCH_SDPA"]
+
+
+def test_who_has_a_time_by_one_timer_is_not_listed_without() -> None:
+    """By `graph` it failed in the run whose `event` times are compared."""
+    rows = [
+        *times(1, "TORCH_SDPA", 1e-3, 1e-3, timer="graph"),
+        *times(2, "TORCH_SDPA", 1e-3, 1e-3, timer="event"),
+        *times(2, "TORCH_SDPA", 0.0, timer="graph", status="ERROR"),
+        *times(2, "CPU_ATTN", 2e-3, 2e-3, timer="event"),
+    ]
+    (best,) = best_of(rows, timer="event")
+    assert [c.backend for c in best.contenders] == ["TORCH_SDPA", "CPU_ATTN"]
+    assert best.untimed == ()
+
+
 def test_only_times_of_one_run_stand_side_by_side() -> None:
     rows = [
         *times(1, "TORCH_SDPA", 1e-3, 1e-3, 1e-3),

@@ -14,11 +14,8 @@ from typing import Any
 
 import torch
 
-from attnbench.backends.cpu_attn import (
-    CPUAttentionBackend,
-    CPUAttentionImpl,
-    CPUAttentionMetadataBuilder,
-)
+from attnbench.backends.cpu_attn import CPUAttentionBackend, CPUAttentionImpl
+from attnbench.backends.cpu_attn_metadata import CPUAttentionMetadataBuilder
 from attnbench.backends.device import Device
 
 FOLDER = Path(__file__).parent

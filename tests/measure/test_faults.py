@@ -196,6 +196,17 @@ def test_a_death_is_seen_while_a_child_of_the_worker_holds_the_pipe_open(
         _receive_all(process)
 
 
+def test_a_ctrl_c_while_a_worker_starts_is_for_its_parent_alone(isolation: Isolation) -> None:
+    """A terminal sends it to both; the worker is not yet a session of its own."""
+    process = WorkerProcess(_setup(replace(isolation, start_method="spawn")))
+    pid = process._process.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGINT)
+    assert process.receive(120, "starting") == ""
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    process.kill()
+
+
 def _receive_all(process: WorkerProcess) -> None:
     while True:
         process.receive(10, "running")

@@ -14,10 +14,12 @@ from attnbench.backends.decode_steps import DecodeSteps
 from attnbench.backends.device import Device
 from attnbench.backends.reference import reference_attention
 from attnbench.backends.registry import get_backend_class
+from attnbench.errors import InfrastructureError
 from attnbench.measure.plan import PlannedPoint
 from attnbench.measure.record_runs import record
 from attnbench.measure.verify import Verification, Verifier, plan_verification
 from attnbench.measure.verify_report import conclusion, verification_rows
+from attnbench.measure.worker import WorkerProcess
 from attnbench.selection import capabilities
 from attnbench.store.record import Status
 from attnbench.workload import Workload
@@ -97,6 +99,11 @@ def test_each_wrong_backend_is_named_and_costs_no_other_anything() -> None:
     # Right in the call, wrong in the first step that needs what it did not write.
     assert reasons["FORGETFUL"].startswith("step 1: ")
     assert reasons["NAN_LATER"].startswith("step 2: not finite")
+    differences = {f.name: f.difference for f in found.findings}
+    assert differences["SPOILING"] == differences["FORGETFUL"] == "bug"
+    assert differences["DYING"] == "", "there is nothing to compare"
+    # Of a chain that ended early, no drift is told: it would be less than the others'.
+    assert {f.name: f.drift is None for f in found.findings}["NAN_LATER"]
     steps = {f.name: len(f.outcome.checks) for f in found.findings}
     assert (steps["SPOILING"], steps["FORGETFUL"], steps["NAN_LATER"]) == (1, 2, 3)
     for pair in found.pairs:
@@ -108,6 +115,34 @@ def test_each_wrong_backend_is_named_and_costs_no_other_anything() -> None:
     ]
     assert named == [["SPOILING is wrong"]]
     assert conclusion(found).startswith("7 run; wrong: SPOILING (INCORRECT), DYING (CRASH)")
+
+
+@pytest.mark.usefixtures("suspects")
+def test_steps_go_on_into_blocks_that_hold_nothing_yet() -> None:
+    """The second generated token is the first of a new block, whose other slots are no data."""
+    workload = Workload.parse("2q1s15 heads=4/2 head_size=32 dtype=fp16 block=16")
+    found = verified(workload, "RIGHT", "TORCH_SDPA", "FORGETFUL", steps=3)
+    assert statuses(found) == {"RIGHT": "OK", "TORCH_SDPA": "OK", "FORGETFUL": "INCORRECT"}
+    late = verified(Workload.parse(workload.text.replace("s15", "s16")), "FORGETFUL", steps=1)
+    (check,) = late.findings[0].outcome.checks[1:]
+    # What lies in a slot nobody wrote is far outside the data, and finite as in an engine.
+    assert check.rel_error > 10
+
+
+@pytest.mark.usefixtures("suspects")
+def test_an_error_says_where_it_was_raised() -> None:
+    (found,) = verified(SMALL, "RAISING", steps=0).findings
+    assert "in refuse_to_work" in found.outcome.trace
+    assert found.outcome.trace.rstrip().endswith("RuntimeError: no kernel image is available")
+
+
+def test_a_device_that_does_not_work_is_no_run_to_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: WorkerProcess, limit_s: float, doing: str) -> str:
+        return "the device is lost"
+
+    monkeypatch.setattr(WorkerProcess, "receive", refuse)
+    with pytest.raises(InfrastructureError, match=r"device is lost.*then verify again"):
+        verified(SMALL, "CPU_ATTN", steps=0)
 
 
 @pytest.mark.usefixtures("suspects")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import replace
+from datetime import UTC, datetime
+from math import nan
 from typing import Any
 
 import pytest
@@ -16,7 +18,13 @@ from attnbench.errors import WorkloadError
 from attnbench.measure.environment import read_environment
 from attnbench.measure.plan import PlannedPoint
 from attnbench.measure.verify import Finding, Verification
-from attnbench.measure.verify_report import COLUMNS, issue_report, reproduce, verification_rows
+from attnbench.measure.verify_report import (
+    COLUMNS,
+    conclusion,
+    issue_report,
+    reproduce,
+    verification_rows,
+)
 from attnbench.measure.verify_shrink import Smallest, neighbours, shrink
 from attnbench.measure.verify_worker import VerifyOutcome
 from attnbench.store.record import Status
@@ -44,6 +52,10 @@ def shrunk(text: str, steps: int, fault: Any, outcome: VerifyOutcome = WRONG) ->
         (lambda w, n: True, "q1 heads=1/1 head_size=256"),
         (lambda w, n: any(r.seq_len > 700 for r in w.requests), "q1s701 heads=1/1 head_size=256"),
         (lambda w, n: w.num_reqs >= 3, "3q1 heads=1/1 head_size=256"),
+        (
+            lambda w, n: w.num_reqs >= 2 and any(r.seq_len > 700 for r in w.requests),
+            "q1_q1s701 heads=1/1 head_size=256",
+        ),
         (lambda w, n: any(r.query_len >= 129 for r in w.requests), "q129 heads=1/1 head_size=256"),
         (lambda w, n: w.shape.sliding_window, "q1 heads=1/1 head_size=256 window=4096"),
         (
@@ -111,6 +123,48 @@ def test_time_and_tries_are_bounded_and_the_best_so_far_is_kept() -> None:
     assert stopped.workload.num_reqs == 4
     few = shrink(workload, 0, WRONG, lambda w, n: WRONG, max_tries=2, budget_s=1e9)
     assert (few.tries, few.is_final, few.workload.num_reqs) == (2, False, 16)
+
+
+RAISED = VerifyOutcome(Status.ERROR, ("RuntimeError: illegal memory access",))
+NOT_FINITE = OutputCheck(ok=False, max_abs_error=nan, rel_error=nan, reason="not finite")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "other"),
+    [
+        (RAISED, VerifyOutcome(Status.ERROR, ("ValueError: head size 32 is not supported",))),
+        (CRASHED, VerifyOutcome(Status.CRASH, ("worker killed by SIGSEGV",))),
+        (WRONG, VerifyOutcome(Status.INCORRECT, ("not finite",), (NOT_FINITE,))),
+        (WRONG, VerifyOutcome(Status.INCORRECT, ("LSE is off by 2",), (CHECK,))),
+        (WRONG, VerifyOutcome(Status.TIMEOUT, ("killed after 4 s",))),
+    ],
+)
+def test_another_way_to_fail_is_another_bug(outcome: VerifyOutcome, other: VerifyOutcome) -> None:
+    """Below four requests it fails as well, and in another way."""
+    workload = Workload.parse("8q1s40 heads=4/2 head_size=32")
+    found = shrink(
+        workload, 0, outcome, lambda w, n: outcome if w.num_reqs >= 4 else other, budget_s=1e9
+    )
+    assert found.workload.text == "4q1 head_size=32 heads=1/1"
+    # Only what may vary with the batch differs: the same way.
+    again = replace(outcome, reasons=(f"{outcome.reasons[0]}: at another place",))
+    found = shrink(workload, 0, outcome, lambda w, n: again, budget_s=1e9)
+    assert found.workload.text == "q1 head_size=32 heads=1/1"
+
+
+def test_ctrl_c_ends_the_search_with_what_it_found() -> None:
+    workload = Workload.parse("64q1s4k")
+
+    def ask(candidate: Workload, steps: int) -> VerifyOutcome:
+        if candidate.num_reqs < 16:
+            raise KeyboardInterrupt
+        return WRONG
+
+    found = shrink(workload, 0, WRONG, ask, budget_s=1e9)
+    assert found.is_stopped
+    assert not found.is_final
+    assert found.workload.num_reqs == 16
+    assert not shrink(workload, 0, WRONG, lambda w, n: WRONG, budget_s=1e9).is_stopped
 
 
 @given(
@@ -182,6 +236,56 @@ def test_the_report_holds_everything_an_issue_needs() -> None:
         assert needed in text, needed
     assert environment.hostname not in text, "a report is pasted in public"
     assert tuple(verification_rows(found)[0]) == COLUMNS
+
+
+def test_a_report_names_nobody_and_says_where_it_was_raised() -> None:
+    workload = Workload.parse("q1s40 heads=4/2 head_size=32")
+    home, host = "/home/alice", read_environment(Device("cpu")).hostname
+    trace = (
+        f'Traceback (most recent call last):\n  File "{home}/src/attn.py", line 9, in forward\n'
+        f"RuntimeError: bad thing in {home}/secret/kernel.cu:33 on {host}, "
+        f"see '/data/alice smith/log'; ask alice\n"
+    )
+    raised = VerifyOutcome(Status.ERROR, (trace.splitlines()[-1],), trace=trace)
+    failed = Finding(PlannedPoint(workload, "CPU_ATTN"), raised)
+    small = Smallest(workload, 0, raised, 3, is_final=False)
+    text = issue_report(verification(failed), {"CPU_ATTN": small})
+    for private in ("alice", "secret", "/data", host, "smith"):
+        assert private not in text, private
+    assert 'File "<path>/attn.py", line 9, in forward' in text
+    assert text.count("<path>/kernel.cu:33") == 4, "the reason, the trace, the smallest, the table"
+    assert "`attnbench.backends.cpu_attn.CPUAttentionBackend` of attnbench " in text
+    assert "attnbench verify 'q1s40 head_size=32 heads=4/2' --backend CPU_ATTN --steps 8" in text
+    assert f"{datetime.now(UTC):%Y-%m-%d}" in text
+
+
+def test_a_long_traceback_is_cut_at_its_beginning() -> None:
+    workload = Workload.parse("q1s40 heads=4/2 head_size=32")
+    trace = "\n".join(f"frame {i}" for i in range(100))
+    raised = VerifyOutcome(Status.ERROR, ("E: x",), trace=trace)
+    text = issue_report(verification(Finding(PlannedPoint(workload, "CPU_ATTN"), raised)), {})
+    assert "frame 99" in text
+    assert "frame 70" in text
+    assert "frame 69" not in text
+
+
+def test_a_right_backend_far_off_the_nearest_is_named() -> None:
+    """fp8 may round ten times more than another backend does, or forget a scale."""
+    workload = Workload.parse("q1s40 heads=4/2 head_size=32 kv=fp8_e4m3")
+
+    def right(name: str, *errors: float) -> Finding:
+        checks = tuple(
+            OutputCheck(ok=True, max_abs_error=e, rel_error=e, reason="") for e in errors
+        )
+        return Finding(PlannedPoint(workload, name), VerifyOutcome(Status.OK, (), checks))
+
+    near = right("CPU_ATTN", 0.002, 0.001)
+    said = conclusion(verification(near, right("TORCH_SDPA", 0.001, 0.03)))
+    assert "TORCH_SDPA is 15 times as far off as CPU_ATTN" in said
+    assert "rounding: at most 0.11 of the tolerance" in said
+    assert "as far off" not in conclusion(verification(near, right("TORCH_SDPA", 0.009)))
+    # Nothing to divide by: a backend without any error.
+    assert "as far off" not in conclusion(verification(near, right("TORCH_SDPA", 0.0)))
 
 
 def test_a_crash_has_no_error_and_no_word_of_rounding() -> None:

@@ -26,6 +26,7 @@ from attnbench.store.schema import (
     row_to_json,
     rows_to_table,
     table_to_rows,
+    upgrade,
 )
 from attnbench.store.sealed import SealedFile, write_sealed
 from tests.store.rows import make_header, make_row
@@ -120,10 +121,19 @@ def test_only_what_may_be_none_is_nullable() -> None:
 def test_the_columns_of_a_version_do_not_change() -> None:
     # Red here: a column was added, renamed or retyped. Raise SCHEMA_VERSION, say in HISTORY what
     # changed, give a new column a default, and put the new digest here beside the older ones.
-    digests = {1: "058dd5bdf99270ae"}
+    digests = {1: "058dd5bdf99270ae", 2: "3e8c022e2efbf0cb"}
     described = "\n".join(f"{f.name}: {f.type}" for f in fields(Measurement))
     assert hashlib.sha256(described.encode()).hexdigest()[:16] == digests[SCHEMA_VERSION]
     assert sorted(HISTORY) == sorted(digests)
+
+
+def test_rows_of_the_first_version_are_dense() -> None:
+    new = ["topk_tokens", "topk_pattern"]
+    old = rows_to_table([make_row("run", 0, topk_tokens=64, topk_pattern="random")])
+    (row,) = table_to_rows(upgrade(old.drop_columns(new), "old.parquet"))
+    assert (row.topk_tokens, row.topk_pattern) == (0, "")
+    (row,) = table_to_rows(upgrade(old, "new.parquet"))
+    assert (row.topk_tokens, row.topk_pattern) == (64, "random")
 
 
 def test_the_row_key_is_the_records() -> None:
