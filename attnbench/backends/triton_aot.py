@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -34,7 +35,7 @@ from attnbench.backends.triton_aot_cases import AOT_CASES, NUMBER_FORMATS, AotCa
 from attnbench.backends.triton_launch import Launch, is_interpreted, shared_memory_limit
 from attnbench.errors import AttnBenchError, DeviceError, UsageError
 
-TARGETS = ("sm75", "sm80", "sm89", "sm90", "sm100", "sm120", "gfx942")
+TARGETS = ("sm75", "sm80", "sm89", "sm90", "sm100", "sm120", "gfx942", "gfx950")
 OK = "ok"
 NOT_ON_TARGET = "not on this target"
 TOO_LARGE = "too much shared memory"
@@ -57,6 +58,8 @@ class AotRow:
     tile_n: int = 0
     num_warps: int = 0
     num_stages: int = 0
+    programs: int = 0
+    """Of the launch's grid."""
     registers: int = 0
     """Per thread; on AMD vector registers, accumulation registers included."""
     spilled_registers: int = 0
@@ -78,6 +81,7 @@ def compile_report(
     *,
     full: bool = False,
     workers: int | None = None,
+    cases: Sequence[AotCase] = AOT_CASES,
 ) -> list[AotRow]:
     """Compile every kernel for every target and number format.
 
@@ -87,6 +91,7 @@ def compile_report(
             beside bf16 queries (fp16 below compute capability 8.0).
         full: all cases; else those that stand for them.
         workers: processes; None: one a core, at most one a job.
+        cases: what is compiled, those `only_in_full` where asked for.
 
     Raises:
         DeviceError, UsageError: an unknown target or format, or kernels under the interpreter.
@@ -102,7 +107,7 @@ def compile_report(
         _Job(case, target, number_format)
         for target in targets
         for number_format in number_formats
-        for case in AOT_CASES
+        for case in cases
         if full or not case.only_in_full
     ]
     workers = min(workers or os.cpu_count() or 1, len(jobs))
@@ -165,6 +170,7 @@ def _compile_launch(job: _Job, launch: Launch, device: Device, refusal: str) -> 
         tile_n=launch.arguments.get("TILE_N", 0),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        programs=math.prod(launch.grid),
         shared_limit_bytes=shared_memory_limit(device),
     )
     try:
@@ -256,8 +262,33 @@ _COLUMNS = {
 }
 
 
+def summary(rows: Sequence[AotRow]) -> str:
+    """The kernels that attend, one column a target: registers / spilled / KiB of shared memory,
+    and the tile. Of a case's several launches, each has a line."""
+    targets = list(dict.fromkeys(row.target for row in rows))
+    lines: dict[tuple[str, str, int], dict[str, str]] = {}
+    for row in rows:
+        if row.block_m == 0:
+            continue
+        earlier = [line for line in lines if line[:2] == (row.case, row.number_format)]
+        number = sum(row.target in lines[line] for line in earlier)
+        numbers = f"{row.registers} / {row.spilled_registers} / {row.shared_bytes / 1024:.0f}"
+        tile = f"{row.block_m}x{row.tile_n}, {row.num_warps}w, {row.num_stages}s"
+        shown = "refused" if row.refusal else f"{numbers}: {tile}"
+        if row.status != OK and not row.refusal:
+            shown = row.status
+        lines.setdefault((row.case, row.number_format, number), {})[row.target] = shown
+    table = ["| case | format | " + " | ".join(targets) + " |", "| --- " * (len(targets) + 2) + "|"]
+    for (case, number_format, _), cells in lines.items():
+        shown = " | ".join(cells.get(target, "") for target in targets)
+        table.append(f"| {case} | {number_format} | {shown} |")
+    return "\n".join(table)
+
+
 def format_report(rows: Sequence[AotRow], fmt: str) -> str:
-    """The rows as `table`, `markdown` or `json`."""
+    """The rows as `table`, `markdown` or `json`; `summary`: only what attends, by target."""
+    if fmt == "summary":
+        return summary(rows)
     if fmt == "json":
         return json.dumps([asdict(row) for row in rows], indent=2)
     cells = [list(_COLUMNS.values())]
@@ -292,7 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--full", action="store_true", help="all cases, not only typical ones")
     parser.add_argument("--workers", type=int, default=None, help="processes; default: one a core")
-    parser.add_argument("--format", choices=("table", "json", "markdown"), default="table")
+    parser.add_argument(
+        "--format", choices=("table", "json", "markdown", "summary"), default="table"
+    )
     arguments = parser.parse_args(argv)
     try:
         rows = compile_report(

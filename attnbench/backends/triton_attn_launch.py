@@ -127,12 +127,12 @@ def attention_launches(
             "query_stride_token": query.stride(0),
             "query_stride_head": query.stride(1),
             "key_stride_block": key.stride(0) if paged else 0,
-            "key_stride_token": key.stride(-3),
             "key_stride_head": key.stride(-2),
             "value_stride_block": value.stride(0) if paged else 0,
-            "value_stride_token": value.stride(-3),
             "value_stride_head": value.stride(-2),
             "block_table_stride": block_table.stride(0) if block_table is not None else 0,
+            "KEY_STRIDE_TOKEN": key.stride(-3),
+            "VALUE_STRIDE_TOKEN": value.stride(-3),
             "NUM_HEADS": num_heads,
             "NUM_KV_HEADS": num_kv_heads,
             "HEADS_PER_TILE": group.heads_per_tile,
@@ -148,7 +148,7 @@ def attention_launches(
             "CAUSAL": causal,
         },
         group.shape.num_warps,
-        group.shape.num_stages,
+        group.shape.pipeline_stages(paged),
     )
     return [attention, *merge_launches(group, output, lse, query_start_loc)]
 

@@ -22,8 +22,8 @@ from attnbench.backends.triton_kernels.cache import write_kv_kernel
 
 #: Most segments a context is split into.
 MAX_SEGMENTS = 64
-#: A segment shorter than this many key tiles costs more to merge than it saves.
-MIN_TILES_PER_SEGMENT = 2
+#: A segment of fewer keys, or two tiles where that is less, costs more to merge than it saves.
+MIN_KEYS_PER_SEGMENT = 64
 #: Programs that keep one multiprocessor busy while loads are in flight.
 PROGRAMS_PER_SM = 2
 #: Multiprocessors assumed under the interpreter: few, so that contexts are split there too.
@@ -51,6 +51,11 @@ def has_tensor_cores(device: Device) -> bool:
 def has_warp_group_products(device: Device) -> bool:
     """Whether `tl.dot` reads both operands from shared memory (wgmma, tcgen05)."""
     return device.capability is not None and device.capability.major in (9, 10)
+
+
+def is_hopper(device: Device) -> bool:
+    """Whether products are wgmma, with accumulators in registers."""
+    return device.capability is not None and device.capability.major == 9
 
 
 def is_interpreted() -> bool:
@@ -90,6 +95,12 @@ class TileShape:
     tile_n: int
     num_warps: int
     num_stages: int
+    """Key tiles in work at once: one computed, the others being loaded; 1: no pipeline."""
+
+    def pipeline_stages(self, paged: bool) -> int:
+        """Triton's `num_stages`. Through a block table a load waits for a load: Triton spreads its
+        stages over both, so that each further tile in flight takes two."""
+        return 2 * self.num_stages - 1 if paged else self.num_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +168,14 @@ def next_power_of_two(n: int, at_least: int = 16) -> int:
     return max(at_least, 1 << (n - 1).bit_length())
 
 
-def choose_num_segments(num_programs: int, num_key_tiles: int, num_sms: int) -> int:
+def choose_num_segments(num_programs: int, num_keys: int, tile_n: int, num_sms: int) -> int:
     """How many segments the longest context is split into: enough to fill the device, a power of
     two so that few variants of the merge kernel exist."""
     if num_programs == 0:
         return 1
     wanted = (num_sms * PROGRAMS_PER_SM) // num_programs
-    segments = min(wanted, num_key_tiles // MIN_TILES_PER_SEGMENT, MAX_SEGMENTS)
+    least_keys = max(tile_n, min(2 * tile_n, MIN_KEYS_PER_SEGMENT))
+    segments = min(wanted, -(-num_keys // tile_n) * tile_n // least_keys, MAX_SEGMENTS)
     return 1 << (max(segments, 1).bit_length() - 1)
 
 
@@ -209,9 +221,7 @@ def build_tile_group(
         if window:
             longest = min(longest, window + block_q)
         head_tiles = num_kv_heads * -(-group // heads_per_tile)
-        num_segments = choose_num_segments(
-            num_tiles * head_tiles, -(-longest // shape.tile_n), num_sms
-        )
+        num_segments = choose_num_segments(num_tiles * head_tiles, longest, shape.tile_n, num_sms)
     partial_acc = partial_stats = None
     if num_segments > 1:
         rows = (num_tiles * block_q, num_heads, num_segments)

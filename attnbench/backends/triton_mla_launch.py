@@ -13,6 +13,8 @@ from attnbench.backends.triton_launch import (
     TileGroup,
     TileShape,
     has_tensor_cores,
+    has_warp_group_products,
+    is_hopper,
     next_power_of_two,
     shared_memory_limit,
 )
@@ -34,11 +36,16 @@ def latent_tile_shape(
     limit = shared_memory_limit(device)
     if limit <= 64 * 1024:
         return TileShape(16, 32, 4, 1)
-    if limit < 160 * 1024 or rows <= 16:
+    if rows <= 16:  # bandwidth decides: a second tile on its way, where two programs fit
+        return TileShape(16, 32, 8, 3 if limit > 200 * 1024 else 2)
+    if limit < 160 * 1024:
         return TileShape(16, 32, 8, 2)
     if rows <= 32 or cache_dtype.itemsize == 1:  # latents converted from fp8 stay in registers
         return TileShape(32, 32, 8, 2)
-    return TileShape(64, 16, 8, 2)
+    # A warp-group product reads the queries' tile again for each tile of keys: at 128 bytes a clock
+    # that bounds a step of 16 keys at 35 % of the matrix rate, and one of 64 at 80 %.
+    tile_n = 16 if not has_warp_group_products(device) else 64 if is_hopper(device) else 32
+    return TileShape(64, tile_n, 8, 2)
 
 
 def latent_launches(
@@ -84,8 +91,8 @@ def latent_launches(
             "query_stride_token": query.stride(0),
             "query_stride_head": query.stride(1),
             "cache_stride_block": kv_cache.stride(0),
-            "cache_stride_token": kv_cache.stride(1),
             "block_table_stride": block_table.stride(0),
+            "CACHE_STRIDE_TOKEN": kv_cache.stride(1),
             "NUM_HEADS": num_heads,
             "HEADS_PER_TILE": group.heads_per_tile,
             "LORA_RANK": lora_rank,
@@ -99,7 +106,7 @@ def latent_launches(
             "NUM_SEGMENTS": group.num_segments,
         },
         group.shape.num_warps,
-        group.shape.num_stages,
+        group.shape.pipeline_stages(paged=True),
     )
     return [latent, *merge_launches(group, output, lse, query_start_loc)]
 

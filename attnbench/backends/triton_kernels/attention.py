@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from attnbench.backends.triton_kernels.rows import key_tile_range, locate_tile
-from attnbench.backends.triton_kernels.softmax import rescale
+from attnbench.backends.triton_kernels.softmax import fp16_factors, rescale
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -33,9 +33,9 @@ def attend_tile(
     value_ptr,
     block_row_ptr,
     key_stride_block,
-    key_stride_token,
     value_stride_block,
-    value_stride_token,
+    KEY_STRIDE_TOKEN: tl.constexpr,
+    VALUE_STRIDE_TOKEN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     V_HEAD_SIZE: tl.constexpr,
@@ -51,16 +51,23 @@ def attend_tile(
     v_dims = tl.arange(0, V_HEAD_PAD)
     here = keys < key_end
     if block_row_ptr is None:
-        key_rows = keys.to(tl.int64) * key_stride_token
-        value_rows = keys.to(tl.int64) * value_stride_token
+        key_rows = keys.to(tl.int64) * KEY_STRIDE_TOKEN
+        value_rows = keys.to(tl.int64) * VALUE_STRIDE_TOKEN
+    elif BLOCK_SIZE % TILE_N == 0:  # a tile lies in one block: one address, constant offsets
+        block = tl.load(block_row_ptr + key_tile * TILE_N // BLOCK_SIZE).to(tl.int64)
+        slot = key_tile * TILE_N % BLOCK_SIZE
+        key_ptr += block * key_stride_block + slot * KEY_STRIDE_TOKEN
+        value_ptr += block * value_stride_block + slot * VALUE_STRIDE_TOKEN
+        key_rows = tl.arange(0, TILE_N) * KEY_STRIDE_TOKEN
+        value_rows = tl.arange(0, TILE_N) * VALUE_STRIDE_TOKEN
     else:
         if MASKED:
             blocks = tl.load(block_row_ptr + keys // BLOCK_SIZE, mask=here, other=0).to(tl.int64)
         else:
             blocks = tl.load(block_row_ptr + keys // BLOCK_SIZE).to(tl.int64)
         slots = keys % BLOCK_SIZE
-        key_rows = blocks * key_stride_block + slots * key_stride_token
-        value_rows = blocks * value_stride_block + slots * value_stride_token
+        key_rows = blocks * key_stride_block + slots * KEY_STRIDE_TOKEN
+        value_rows = blocks * value_stride_block + slots * VALUE_STRIDE_TOKEN
 
     # Slots past the end of a request hold anything, NaN included: they are never loaded.
     key_at = key_ptr + key_rows[None, :] + dims[:, None]
@@ -71,7 +78,11 @@ def attend_tile(
         key = tl.load(key_at)
     else:
         key = tl.load(key_at, mask=dims[:, None] < HEAD_SIZE, other=0.0)
-    scores = tl.dot(query, key.to(query.dtype), input_precision="ieee") * score_scale
+    scores = tl.dot(query, key.to(query.dtype), input_precision="ieee")
+    late_scale = score_scale
+    if soft_cap_log2 is not None or slope_log2 is not None:
+        scores = scores * score_scale[:, None]
+        late_scale = None
     if soft_cap_log2 is not None:
         # cap * tanh(x / cap); score_scale already carries 2 * log2(e) / cap.
         scores = soft_cap_log2 * (2.0 / (1.0 + tl.exp2(-scores)) - 1.0)
@@ -88,7 +99,7 @@ def attend_tile(
                 visible = visible & (keys[None, :] < row_position[:, None] + window)
         scores = tl.where(visible, scores, float("-inf"))
 
-    probs, row_max, row_sum, shrink = rescale(scores, row_max, row_sum, MASKED)
+    probs, row_max, row_sum, shrink = rescale(scores, late_scale, row_max, row_sum, MASKED)
 
     if MASKED:
         value = tl.load(value_at, mask=here[:, None] & (v_dims[None, :] < V_HEAD_SIZE), other=0.0)
@@ -131,12 +142,12 @@ def attention_kernel(
     query_stride_token,
     query_stride_head,
     key_stride_block,
-    key_stride_token,
     key_stride_head,
     value_stride_block,
-    value_stride_token,
     value_stride_head,
     block_table_stride,
+    KEY_STRIDE_TOKEN: tl.constexpr,  # known, so that the rows of a block are constant offsets
+    VALUE_STRIDE_TOKEN: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEADS_PER_TILE: tl.constexpr,
@@ -184,7 +195,14 @@ def attention_kernel(
         other=0.0,
     )
 
-    score_scale = scale
+    score_scale = tl.full([BLOCK_M], 1.0, tl.float32) * scale
+    # Both fp8 formats are exact in fp16 and convert to it in one instruction for two values; to
+    # bf16 they take several, more than a decode step has.
+    if key_ptr.dtype.element_ty.primitive_bitwidth == 8 and query.dtype == tl.bfloat16:
+        wide = query.to(tl.float32)
+        factor, inverse = fp16_factors(tl.max(tl.abs(wide), 1))
+        query = (wide * factor[:, None]).to(tl.float16)
+        score_scale = score_scale * inverse
     if k_scale_ptr is not None:
         score_scale = score_scale * tl.load(k_scale_ptr)
     if soft_cap is None:
@@ -210,8 +228,8 @@ def attention_kernel(
     value_ptr += kv_head * value_stride_head
     if block_table_ptr is None:
         key_start = tl.load(key_start_loc_ptr + request).to(tl.int64)
-        key_ptr += key_start * key_stride_token
-        value_ptr += key_start * value_stride_token
+        key_ptr += key_start * KEY_STRIDE_TOKEN
+        value_ptr += key_start * VALUE_STRIDE_TOKEN
         block_row_ptr = None
     else:
         block_row_ptr = block_table_ptr + request.to(tl.int64) * block_table_stride
@@ -226,21 +244,21 @@ def attention_kernel(
             acc, row_max, row_sum = attend_tile(
                 acc, row_max, row_sum, query, key_tile, key_end, row_position, score_scale,
                 soft_cap_log2, slope_log2, window, key_ptr, value_ptr, block_row_ptr,
-                key_stride_block, key_stride_token, value_stride_block, value_stride_token,
+                key_stride_block, value_stride_block, KEY_STRIDE_TOKEN, VALUE_STRIDE_TOKEN,
                 BLOCK_SIZE, HEAD_SIZE, V_HEAD_SIZE, HEAD_PAD, V_HEAD_PAD, TILE_N, CAUSAL, True,
             )  # fmt: skip
     for key_tile in range(full_first, full_end):
         acc, row_max, row_sum = attend_tile(
             acc, row_max, row_sum, query, key_tile, key_end, row_position, score_scale,
             soft_cap_log2, slope_log2, window, key_ptr, value_ptr, block_row_ptr,
-            key_stride_block, key_stride_token, value_stride_block, value_stride_token,
+            key_stride_block, value_stride_block, KEY_STRIDE_TOKEN, VALUE_STRIDE_TOKEN,
             BLOCK_SIZE, HEAD_SIZE, V_HEAD_SIZE, HEAD_PAD, V_HEAD_PAD, TILE_N, CAUSAL, False,
         )  # fmt: skip
     for key_tile in range(full_end, end):
         acc, row_max, row_sum = attend_tile(
             acc, row_max, row_sum, query, key_tile, key_end, row_position, score_scale,
             soft_cap_log2, slope_log2, window, key_ptr, value_ptr, block_row_ptr,
-            key_stride_block, key_stride_token, value_stride_block, value_stride_token,
+            key_stride_block, value_stride_block, KEY_STRIDE_TOKEN, VALUE_STRIDE_TOKEN,
             BLOCK_SIZE, HEAD_SIZE, V_HEAD_SIZE, HEAD_PAD, V_HEAD_PAD, TILE_N, CAUSAL, True,
         )  # fmt: skip
 

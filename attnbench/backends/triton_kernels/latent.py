@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from attnbench.backends.triton_kernels.rows import key_tile_range, locate_tile
-from attnbench.backends.triton_kernels.softmax import rescale
+from attnbench.backends.triton_kernels.softmax import fp16_factors, rescale
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -30,7 +30,7 @@ def attend_latent_tile(
     cache_ptr,
     block_row_ptr,
     cache_stride_block,
-    cache_stride_token,
+    CACHE_STRIDE_TOKEN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     LORA_RANK: tl.constexpr,
     LORA_PAD: tl.constexpr,
@@ -44,11 +44,18 @@ def attend_latent_tile(
     lora = tl.arange(0, LORA_PAD)
     rope = tl.arange(0, ROPE_PAD)
     here = keys < key_end
-    if MASKED:
-        blocks = tl.load(block_row_ptr + keys // BLOCK_SIZE, mask=here, other=0).to(tl.int64)
+    if BLOCK_SIZE % TILE_N == 0:  # a tile lies in one block: one address, constant offsets
+        block = tl.load(block_row_ptr + key_tile * TILE_N // BLOCK_SIZE).to(tl.int64)
+        cache_ptr += (
+            block * cache_stride_block + key_tile * TILE_N % BLOCK_SIZE * CACHE_STRIDE_TOKEN
+        )
+        rows = tl.arange(0, TILE_N) * CACHE_STRIDE_TOKEN
     else:
-        blocks = tl.load(block_row_ptr + keys // BLOCK_SIZE).to(tl.int64)
-    rows = blocks * cache_stride_block + (keys % BLOCK_SIZE) * cache_stride_token
+        if MASKED:
+            blocks = tl.load(block_row_ptr + keys // BLOCK_SIZE, mask=here, other=0).to(tl.int64)
+        else:
+            blocks = tl.load(block_row_ptr + keys // BLOCK_SIZE).to(tl.int64)
+        rows = blocks * cache_stride_block + (keys % BLOCK_SIZE) * CACHE_STRIDE_TOKEN
 
     latent_at = cache_ptr + rows[:, None] + lora[None, :]
     rope_at = cache_ptr + LORA_RANK + rows[None, :] + rope[:, None]
@@ -66,11 +73,11 @@ def attend_latent_tile(
             key_rope = tl.load(rope_at, mask=rope[:, None] < ROPE_DIM, other=0.0)
     latent = latent.to(query_latent.dtype)
     scores = tl.dot(query_rope, key_rope.to(query_rope.dtype), input_precision="ieee")
-    scores = tl.dot(query_latent, tl.trans(latent), scores, input_precision="ieee") * score_scale
+    scores = tl.dot(query_latent, tl.trans(latent), scores, input_precision="ieee")
     if MASKED:
         visible = here[None, :] & (keys[None, :] <= row_position[:, None])
         scores = tl.where(visible, scores, float("-inf"))
-    probs, row_max, row_sum, shrink = rescale(scores, row_max, row_sum, MASKED)
+    probs, row_max, row_sum, shrink = rescale(scores, score_scale, row_max, row_sum, MASKED)
     acc = acc * shrink[:, None]
     acc = tl.dot(probs.to(latent.dtype), latent, acc, input_precision="ieee")
     return acc, row_max, row_sum
@@ -99,8 +106,8 @@ def latent_attention_kernel(
     query_stride_token,
     query_stride_head,
     cache_stride_block,
-    cache_stride_token,
     block_table_stride,
+    CACHE_STRIDE_TOKEN: tl.constexpr,  # known, so that the rows of a block are constant offsets
     NUM_HEADS: tl.constexpr,
     HEADS_PER_TILE: tl.constexpr,
     LORA_RANK: tl.constexpr,
@@ -145,7 +152,15 @@ def latent_attention_kernel(
         mask=row_here[:, None] & (rope[None, :] < ROPE_DIM),
         other=0.0,
     )
-    score_scale = scale * LOG2E
+    score_scale = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2E)
+    # As in attention.py; both parts of a row by the same factor.
+    if cache_ptr.dtype.element_ty.primitive_bitwidth == 8 and query_latent.dtype == tl.bfloat16:
+        wide, wide_rope = query_latent.to(tl.float32), query_rope.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(wide), 1), tl.max(tl.abs(wide_rope), 1))
+        factor, inverse = fp16_factors(largest)
+        query_latent = (wide * factor[:, None]).to(tl.float16)
+        query_rope = (wide_rope * factor[:, None]).to(tl.float16)
+        score_scale = score_scale * inverse
     if k_scale_ptr is not None:
         score_scale = score_scale * tl.load(k_scale_ptr)
 
@@ -162,13 +177,13 @@ def latent_attention_kernel(
     for key_tile in range(first, full_end):
         acc, row_max, row_sum = attend_latent_tile(
             acc, row_max, row_sum, query_latent, query_rope, key_tile, key_end, row_position,
-            score_scale, cache_ptr, block_row_ptr, cache_stride_block, cache_stride_token,
+            score_scale, cache_ptr, block_row_ptr, cache_stride_block, CACHE_STRIDE_TOKEN,
             BLOCK_SIZE, LORA_RANK, LORA_PAD, ROPE_DIM, ROPE_PAD, TILE_N, False,
         )  # fmt: skip
     for key_tile in range(full_end, end):
         acc, row_max, row_sum = attend_latent_tile(
             acc, row_max, row_sum, query_latent, query_rope, key_tile, key_end, row_position,
-            score_scale, cache_ptr, block_row_ptr, cache_stride_block, cache_stride_token,
+            score_scale, cache_ptr, block_row_ptr, cache_stride_block, CACHE_STRIDE_TOKEN,
             BLOCK_SIZE, LORA_RANK, LORA_PAD, ROPE_DIM, ROPE_PAD, TILE_N, True,
         )  # fmt: skip
 

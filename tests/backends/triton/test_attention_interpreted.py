@@ -203,7 +203,12 @@ def test_cache_write_skips_negative_slots() -> None:
 
 
 def test_number_of_segments_is_a_power_of_two_that_fills_the_device() -> None:
-    assert choose_num_segments(num_programs=8, num_key_tiles=128, num_sms=132) == 32
-    assert choose_num_segments(num_programs=264, num_key_tiles=128, num_sms=132) == 1
-    assert choose_num_segments(num_programs=1, num_key_tiles=512, num_sms=132) == 64
-    assert choose_num_segments(num_programs=1, num_key_tiles=9, num_sms=132) == 4
+    assert choose_num_segments(num_programs=8, num_keys=8192, tile_n=64, num_sms=132) == 32
+    assert choose_num_segments(num_programs=264, num_keys=8192, tile_n=64, num_sms=132) == 1
+    assert choose_num_segments(num_programs=1, num_keys=32768, tile_n=64, num_sms=132) == 64
+    # Of at least 64 keys, or two tiles where that is less.
+    assert choose_num_segments(num_programs=1, num_keys=9 * 64, tile_n=64, num_sms=132) == 8
+    assert choose_num_segments(num_programs=1, num_keys=9 * 32, tile_n=32, num_sms=132) == 4
+    assert choose_num_segments(num_programs=1, num_keys=9 * 16, tile_n=16, num_sms=132) == 4
+    assert choose_num_segments(num_programs=1, num_keys=9 * 128, tile_n=128, num_sms=132) == 8
+    assert choose_num_segments(num_programs=1, num_keys=40, tile_n=64, num_sms=132) == 1
