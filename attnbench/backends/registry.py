@@ -56,6 +56,10 @@ _BUILT_IN: dict[str, tuple[str, str]] = {
         "pip install vllm==0.22.1",
     ),
     "FLASHMLA": (f"{_HERE}.flashmla.FlashMLABackend", "pip install vllm==0.22.1"),
+    "FLASHMLA_SPARSE": (
+        f"{_HERE}.flashmla_sparse.FlashMLASparseBackend",
+        "pip install vllm==0.22.1",
+    ),
     "FLASHINFER_MLA": (
         f"{_HERE}.flashinfer_mla.FlashInferMLABackend",
         "pip install flashinfer-python",
@@ -63,6 +67,19 @@ _BUILT_IN: dict[str, tuple[str, str]] = {
     "CUTLASS_MLA": (f"{_HERE}.cutlass_mla.CutlassMLABackend", "pip install vllm==0.22.1"),
     "TRITON_MLA": (f"{_HERE}.triton_mla.TritonMLABackend", "pip install triton"),
     "TORCH_MLA": (f"{_HERE}.torch_mla.TorchMLABackend", "pip install torch"),
+    "ROCM_AITER_FA": (
+        f"{_HERE}.aiter_flash_attn.RocmAiterFlashAttentionBackend",
+        "pip install amd-aiter",
+    ),
+    "ROCM_AITER_UNIFIED_ATTN": (
+        f"{_HERE}.aiter_unified.RocmAiterUnifiedAttentionBackend",
+        "pip install amd-aiter",
+    ),
+    "ROCM_AITER_MLA": (f"{_HERE}.aiter_mla.RocmAiterMLABackend", "pip install amd-aiter"),
+    "ROCM_AITER_TRITON_MLA": (
+        f"{_HERE}.aiter_mla.RocmAiterTritonMLABackend",
+        "pip install amd-aiter",
+    ),
 }
 
 #: One name for a library's own backends, each asked for as `NAME:MEMBER` (`BackendFamily`). None of
@@ -76,13 +93,8 @@ _SELECTION_ONLY: dict[str, str] = {
     "FLASH_ATTN_DIFFKV": "FlashAttentionDiffKV",
     "TURBOQUANT": "TurboQuant",
     "TOKENSPEED_MLA": "TokenspeedMLA",
-    "FLASHMLA_SPARSE": "FlashMLASparse",
     "FLASHINFER_MLA_SPARSE": "FlashInferMLASparse",
     "ROCM_ATTN": "RocmAttention",
-    "ROCM_AITER_FA": "RocmAiterFlashAttention",
-    "ROCM_AITER_UNIFIED_ATTN": "RocmAiterUnifiedAttention",
-    "ROCM_AITER_MLA": "RocmAiterMLA",
-    "ROCM_AITER_TRITON_MLA": "RocmAiterTritonMLA",
     "ROCM_AITER_MLA_SPARSE": "RocmAiterMLASparse",
     "XPU_MLA_SPARSE": "XpuMLASparse",
 }

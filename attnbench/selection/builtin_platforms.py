@@ -91,6 +91,11 @@ class RocmPlatform(Platform):
         return Device("rocm", name.partition(":")[0])
 
     def parse_device(self, text: str) -> Device | None:
+        if text in ("rocm", "gpu"):
+            present = self.present_device()
+            if present is None and text == "rocm":
+                raise DeviceError("no ROCm device here; name an architecture, e.g. --device gfx942")
+            return present
         arch, plus, suffix = text.partition("+")
         device = _of_kind(arch, self.kind)
         if device is None or not plus:

@@ -74,18 +74,45 @@ MLA: Mapping[str, str] = {
 }
 
 
+_SPARSE_BATCH = "q20_3q1s170_q30s100"
+SPARSE: Mapping[str, str] = {
+    "top-k, bf16": f"{_SPARSE_BATCH} {_LATENT} topk=64:random",
+    "top-k, fp16": f"{_SPARSE_BATCH} {_LATENT} dtype=fp16 topk=64:random",
+    "top-k, decode only": f"4q1s170 {_LATENT} topk=64:random",
+    "top-k, 4 tokens a request": f"3q4s170 {_LATENT} topk=64:window",
+    "top-k, prefill only": f"2q90 {_LATENT} topk=64:prefix",
+    "top-k, 128 heads": "2q1s170 shape=deepseek-v3 block=64 topk=64:random",
+    "top-k, block size 16": f"{_SPARSE_BATCH} {_SHAPE} block=16 topk=64:random",
+    "top-k, fp8_e4m3 KV cache": f"{_SPARSE_BATCH} {_LATENT} kv=fp8_e4m3 topk=64:random",
+    "top-k, fp8_ds_mla KV cache": f"{_SPARSE_BATCH} {_LATENT} kv=fp8_ds_mla topk=64:random",
+    "top-k, fp8_ds_mla KV cache, 128 heads": (
+        "q20_2q1s170 shape=deepseek-v3 block=64 kv=fp8_ds_mla topk=64:random"
+    ),
+}
+
+
 def capabilities_of(backend: type[AttentionBackend]) -> Mapping[str, Workload]:
-    """The capabilities to ask `backend` about."""
-    texts = MLA if backend.is_mla() else ATTENTION
+    """The capabilities to ask `backend` about: dense, sparse, or both where it takes either."""
+    texts = ATTENTION
+    if backend.is_mla():
+        texts = MLA
+        if backend.is_sparse():
+            texts = SPARSE
+        elif _takes_sparse(backend):
+            texts = {**MLA, **SPARSE}
     return {name: Workload.parse(text) for name, text in texts.items()}
+
+
+def _takes_sparse(backend: type[AttentionBackend]) -> bool:
+    config = config_of(Workload.parse(SPARSE["top-k, bf16"]))
+    return not backend.validate_configuration(config, Device("cpu"))
 
 
 def accepting_variants(
     backend: type[AttentionBackend], workload: Workload, device: Device
 ) -> tuple[str, ...]:
     """Variants whose predicates accept `workload` on `device`; libraries are not looked for."""
-    # A workload has no word for sparsity: sparse backends are asked about it as a sparse one.
-    config = config_of(workload)._replace(use_sparse=backend.is_sparse())
+    config = config_of(workload)
     if backend.validate_configuration(config, device):
         return ()
     return tuple(

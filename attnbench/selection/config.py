@@ -39,6 +39,7 @@ def config_of(workload: Workload, *, leave_free: bool = False) -> AttentionConfi
         block_size,
         layout,
         workload.attn_type,
+        use_sparse=workload.is_sparse,
     )
 
 
@@ -49,6 +50,7 @@ def config_for(
     block_size: int | None,
     kv_cache_layout: str | None,
     attn_type: AttentionType,
+    use_sparse: bool = False,
 ) -> AttentionConfig:
     """What a backend must accept to serve a layer of this shape."""
     return AttentionConfig(
@@ -58,6 +60,7 @@ def config_for(
         block_size=block_size,
         use_mla=shape.is_mla,
         has_sink=shape.has_sink,
+        use_sparse=use_sparse,
         attn_type=attn_type,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,

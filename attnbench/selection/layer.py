@@ -47,10 +47,13 @@ class _Layer(torch.nn.Module):
         attn_type: AttentionType,
         backend: str | None,
         device: Device | None,
+        use_sparse: bool = False,
     ) -> None:
         super().__init__()
         self.shape = shape
-        config = config_for(shape, dtype, kv_cache_dtype, block_size, kv_cache_layout, attn_type)
+        config = config_for(
+            shape, dtype, kv_cache_dtype, block_size, kv_cache_layout, attn_type, use_sparse
+        )
         self.selection: Selection = select(config, device or current_device(), backend)
         self.backend: type[AttentionBackend] = get_backend_class(self.selection.backend)
         self.kv_cache_spec = KVCacheSpec(
@@ -159,6 +162,7 @@ class MLAAttention(_Layer):
     Args (besides those of `_Layer`):
         W_UK: (num_heads, qk_nope_head_dim, kv_lora_rank).
         W_UV: (num_heads, kv_lora_rank, v_head_size). Both are halves of the model's `kv_b_proj`.
+        use_sparse: queries attend to the positions that the metadata's `topk_indices_buffer` gives.
 
     Raises: UsageError for a shape that is not MLA, or weights of other sizes.
     """
@@ -178,6 +182,7 @@ class MLAAttention(_Layer):
         kv_cache_layout: str = "NHD",
         backend: str | None = None,
         device: Device | None = None,
+        use_sparse: bool = False,
     ) -> None:
         if not shape.is_mla:
             raise UsageError("MLAAttention was given a shape without kv_lora_rank; use Attention")
@@ -190,6 +195,7 @@ class MLAAttention(_Layer):
             AttentionType.DECODER,
             backend,
             device,
+            use_sparse,
         )
         heads, rank = shape.num_heads, shape.kv_lora_rank
         for name, weight, wanted in (

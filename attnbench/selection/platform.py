@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from typing import ClassVar
 
 from attnbench.backends.abstract import AttentionConfig
-from attnbench.backends.declared import vllm_0_22_1
+from attnbench.backends.declared.families import families
 from attnbench.backends.device import Device
 from attnbench.errors import DeviceError, UsageError
 
@@ -48,9 +48,9 @@ class Platform(ABC):
 
         The default asks that program's own backends along the chain.
         """
-        families = vllm_0_22_1.families()
+        theirs = families()
         for name in self.get_backend_priorities(config, device):
-            if name in families and not families[name].validate_configuration(config, device):
+            if name in theirs and not theirs[name].validate_configuration(config, device):
                 return name
         return ""
 

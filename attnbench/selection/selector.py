@@ -7,8 +7,8 @@ from enum import StrEnum
 from functools import lru_cache
 
 from attnbench.backends.abstract import AttentionBackend, AttentionConfig
-from attnbench.backends.declared import vllm_0_22_1
 from attnbench.backends.declared.base import DeclaredBackend
+from attnbench.backends.declared.families import families
 from attnbench.backends.device import Device
 from attnbench.backends.registry import (
     backend_entry,
@@ -191,7 +191,7 @@ def _note(name: str, cls: type[AttentionBackend], config: AttentionConfig, devic
     """The sub-variant behind a declared name, or where vLLM's kernel of our name differs here."""
     if issubclass(cls, DeclaredBackend):
         return cls.note(config, device)
-    theirs = vllm_0_22_1.families().get(name)
+    theirs = families().get(name)
     if theirs is None or not theirs.supports_device(device):
         return ""
     their_reasons = theirs.validate_configuration(config, device)

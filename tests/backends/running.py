@@ -28,6 +28,7 @@ def config_of(workload: Workload) -> AttentionConfig:
         block_size=workload.block_size,
         use_mla=shape.is_mla,
         has_sink=shape.has_sink,
+        use_sparse=workload.is_sparse,
         attn_type=workload.attn_type,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from attnbench.backends import registry
-from attnbench.backends.declared.vllm_0_22_1 import families
+from attnbench.backends.declared.families import families
 from attnbench.backends.device import Device
 from attnbench.backends.registry import (
     backend_entry,
@@ -35,10 +35,15 @@ RUNNABLE = (
     "FLASHINFER",
     "FLASH_ATTN_MLA",
     "FLASHMLA",
+    "FLASHMLA_SPARSE",
     "FLASHINFER_MLA",
     "CUTLASS_MLA",
     "TRITON_MLA",
     "TORCH_MLA",
+    "ROCM_AITER_FA",
+    "ROCM_AITER_UNIFIED_ATTN",
+    "ROCM_AITER_MLA",
+    "ROCM_AITER_TRITON_MLA",
 )
 
 

@@ -137,11 +137,11 @@ def test_cells_are_the_predicates() -> None:
                 assert device is not None
                 accepted = accepting_variants(backend, workloads[row[0]], device)
                 assert (said == "–") == (not accepted), (name, row[0], device_text)
-    # Known from the libraries: FA2 reads no fp8 cache, and only FA3 has sinks.
+    # Known from the libraries: FA2 reads no fp8 cache, and FA2 and upstream FA3 have no sinks.
     assert cell(page, "FLASH_ATTN", "fp8_e4m3 KV cache", "sm80") == "–"
     flash = get_backend_class("FLASH_ATTN")
     sinks = accepting_variants(flash, Workload.parse(ATTENTION["sinks"]), cuda_device(9, 0))
-    assert sinks == ("FA3",)
+    assert sinks == ("FA3", "FA4", "FA4_UPSTREAM")
 
 
 def test_the_summary_gives_sizes_and_types() -> None:

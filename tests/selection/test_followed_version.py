@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from attnbench.backends.abstract import AttentionConfig, MultipleOf
-from attnbench.backends.declared.vllm_0_22_1 import families, flash_attn_version
+from attnbench.backends.declared.families import families
+from attnbench.backends.declared.vllm_0_22_1 import flash_attn_version
 from attnbench.backends.device import Device
 from attnbench.backends.dtypes import torch_dtype
 from attnbench.backends.registry import get_backend_class
@@ -248,9 +249,9 @@ def test_a_declared_class_answers_for_each_device_it_is_asked_about() -> None:
         ("FLEX_ATTENTION", "sm90", {"attn_type": AttentionType.ENCODER_DECODER}, True, False),
         ("TRITON_MLA", "sm90", {**R1_MLA, "dtype": torch.float32}, True, False),
         ("TRITON_MLA", "sm75", R1_MLA, False, True),
-        ("FLASH_ATTN", "sm90", {"head_size": 512}, False, True),
-        ("FLASH_ATTN", "sm100", {"has_sink": True}, False, True),
-        ("FLASH_ATTN", "sm90", {"has_sink": True, "num_heads": 128}, False, True),
+        ("FLASH_ATTN", "sm90", {"head_size": 264}, False, True),
+        ("FLASH_ATTN", "sm100", {"head_size": 512}, False, True),
+        ("FLASH_ATTN", "sm90", {"has_sink": True, "use_alibi": True}, False, True),
         ("CPU_ATTN", "cpu", {"has_sink": True}, True, False),
     ],
 )

@@ -88,7 +88,13 @@ def test_fp8_cache_is_read_with_the_layer_s_own_scales() -> None:
 
 @pytest.mark.parametrize(
     ("spec", "decode_tokens"),
-    [("2q40_3q1s21", 3), ("3q1s21", 3), ("2q40s52", 0), ("q40_q40s45_2q2s21_q1s9", 5)],
+    [
+        ("2q40_3q1s21", 3),
+        ("3q1s21", 3),
+        ("2q40s52", 0),
+        ("q40_q40s45_2q2s21_q1s9", 5),
+        ("q40_3q1s21 topk=5:random", 43),
+    ],
 )
 def test_mla_gives_the_reference(
     spec: str, decode_tokens: int, monkeypatch: pytest.MonkeyPatch
@@ -104,6 +110,7 @@ def test_mla_gives_the_reference(
         dtype=batch.query.dtype,
         block_size=workload.block_size,
         device=CPU,
+        use_sparse=workload.is_sparse,
     )
     assert layer.selection.backend == "TORCH_MLA"
     prefill: list[torch.Tensor] = []

@@ -78,7 +78,7 @@ def test_cells_say_why_better_ranked_backends_were_refused() -> None:
 
 
 def test_a_cell_without_a_backend_has_every_candidate_s_refusal() -> None:
-    cell = _cells("cpu")["MLA sparse"]
+    cell = _cells("cpu")["multimodal prefix"]
     assert cell.backend == ""
     assert cell.row()["backend"] == "none"
     assert {line.partition(":")[0] for line in cell.refused} >= {"TORCH_MLA", "TORCH_SDPA"}
@@ -86,6 +86,7 @@ def test_a_cell_without_a_backend_has_every_candidate_s_refusal() -> None:
 
 def test_cpu_row() -> None:
     cells = _cells("cpu", "fp32")
+    assert cells["MLA sparse"].backend == "TORCH_MLA"
     assert cells["none"].backend == "CPU_ATTN"
     assert cells["none"].followed == "CPU_ATTN"
     assert cells["MLA"].followed == ""

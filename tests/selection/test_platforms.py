@@ -60,6 +60,8 @@ def test_cuda_without_one_says_how_to_name_one(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match="--device sm90"):
         resolve_device("cuda")
+    with pytest.raises(DeviceError, match="--device gfx942"):
+        resolve_device("rocm")
 
 
 def test_present_devices_of_each_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +80,7 @@ def test_present_devices_of_each_build_of_torch(monkeypatch: pytest.MonkeyPatch)
     assert RocmPlatform().present_device() == resolve_device("gfx942")
     assert RocmPlatform().is_present(resolve_device("gfx942+aiter"))
     assert not RocmPlatform().is_present(resolve_device("gfx90a"))
+    assert resolve_device("rocm") == resolve_device("gpu") == Device("rocm", "gfx942")
     assert Device("rocm", "gfx942").torch_device == "cuda"
 
 

@@ -7,7 +7,6 @@ by that name.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import ClassVar
 
 import torch
@@ -365,72 +364,3 @@ class XpuMLASparse(_MLA):
 def is_mi300(device: Device) -> bool:
     """gfx942 and gfx950, where vLLM 0.22.1 uses AITER (platforms/rocm.py: on_mi3xx)."""
     return device.arch.startswith(_MI300)
-
-
-# --- vLLM's own backends that share a name with one attnbench runs --------------------------------
-class VllmTritonAttention(_Declared):
-    name = "TRITON_ATTN"
-    where = "triton_attn.py:271"
-    supported_dtypes = _HALF_AND_FP32
-    supported_kv_cache_dtypes = (*_KV_FP8, "int8_per_token_head", "fp8_per_token_head")
-    block_sizes = (MultipleOf(16),)
-    attn_types = ALL_ATTN_TYPES
-    sink = True
-    mm_prefix = True
-    batch_invariance = True
-    device_kinds = ("cuda", "rocm", "xpu")
-
-    @classmethod
-    def supports_head_size(cls, head_size: int) -> bool:
-        return head_size >= 32
-
-    @classmethod
-    def supports_alibi_sqrt(cls) -> bool:
-        return True
-
-
-class VllmFlexAttention(_Declared):
-    name = "FLEX_ATTENTION"
-    where = "flex_attention.py:80"
-    supported_dtypes = _HALF_AND_FP32
-    block_sizes = (MultipleOf(16),)
-    attn_types = frozenset({AttentionType.DECODER, AttentionType.ENCODER_ONLY})
-    mm_prefix = True
-    non_causal = True
-    batch_invariance = True
-
-
-class VllmTritonMLA(_MLA):
-    name = "TRITON_MLA"
-    where = "mla/triton_mla.py:36"
-    supported_kv_cache_dtypes = _KV_E4M3
-    head_sizes = ()
-    block_sizes = (MultipleOf(16),)
-    batch_invariance = True
-    device_kinds = ("cuda", "rocm", "xpu")
-
-
-class VllmCPUAttention(_Declared):
-    name = "CPU_ATTN"
-    where = "cpu_attn.py:44"
-    supported_dtypes = _HALF_AND_FP32
-    supported_kv_cache_dtypes = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
-    head_sizes = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-    block_sizes = (MultipleOf(16),)
-    attn_types = ALL_ATTN_TYPES
-    layout = "HND"
-    device_kinds = ("cpu",)
-
-
-@cache
-def families() -> dict[str, type[DeclaredBackend]]:
-    """Every family of vLLM 0.22.1 declared here, by registered name, in the file's order."""
-    found = [
-        value
-        for value in globals().values()
-        if isinstance(value, type)
-        and issubclass(value, DeclaredBackend)
-        and value.__dict__.get("name")
-        and value.__module__ == __name__
-    ]
-    return {cls.name: cls for cls in found}
