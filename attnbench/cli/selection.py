@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -90,7 +91,7 @@ def explain(
     shape: Annotated[str, typer.Option(help="Named attention shape, e.g. deepseek-v3.")] = "",
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "",
     kv_cache_dtype: Annotated[
-        str, typer.Option(help="auto, fp32, fp16, bf16, fp8_e4m3 or fp8_e5m2.")
+        str, typer.Option(help="auto, fp32, fp16, bf16, fp8_e4m3, fp8_e5m2 or fp8_ds_mla.")
     ] = "",
     block_size: Annotated[
         int, typer.Option(help="Demand this KV block size; 0: what the backend prefers.")
@@ -99,10 +100,44 @@ def explain(
     backend: Annotated[
         str, typer.Option(help="Ask for this backend: it wins or fails with its reasons.")
     ] = "",
+    log: Annotated[
+        str,
+        typer.Option(
+            help="A vLLM server's log (gzip too, - for stdin): which backend it took, and whether "
+            "that is what the selectors say."
+        ),
+    ] = "",
+    model: Annotated[
+        str, typer.Option(help="With --log: whose layers; a registered shape or a config.json.")
+    ] = "",
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe",
+            help="With --log: ask the log's own vLLM version too; downloads it if it is not here.",
+        ),
+    ] = False,
+    choices: Annotated[
+        Path | None,
+        typer.Option(
+            help="A table of `attnbench choose --save` to put before the platform's chain; refused "
+            "on another device or with other package versions."
+        ),
+    ] = None,
     format: FormatOption = Format.TABLE,
 ) -> None:
-    """Show which backend a workload gets, and every candidate's every reason."""
+    """Show which backend a workload gets, or a server took, and every candidate's every reason."""
     import os
+
+    if log:
+        from attnbench.cli.server_log import explain_log
+
+        if workload or backend or dtype or kv_cache_dtype or block_size:
+            raise UsageError("--log says what was asked for; of the others it takes --model")
+        explain_log(log, model or shape, device, ask_vllm=probe, format=format)
+        return
+    if model or probe:
+        raise UsageError("--model and --probe are of --log; name a log with it")
 
     from attnbench.selection import config_of, consider, find_request, resolve_device, select
     from attnbench.settings import load_settings
@@ -121,6 +156,10 @@ def explain(
         config = config._replace(block_size=block_size)
     settings = load_settings()
     where = resolve_device(device or settings.device)
+    if choices is not None:
+        from attnbench.choose.table import use_saved
+
+        use_saved(choices)
     request = find_request(backend or None, settings.backend, os.environ)
     for warning in request.warnings:
         note(f"attnbench: warning: {warning}")
