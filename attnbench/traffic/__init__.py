@@ -1,0 +1,1 @@
+"""From traffic to the step batches an engine runs: traces, the scheduler's rules, reduction."""
