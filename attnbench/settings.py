@@ -54,6 +54,9 @@ class Settings:
         default=120.0,
         metadata={"help": "wall seconds a point may take before its worker is killed"},
     )
+    choice_days: int = field(
+        default=30, metadata={"help": "days after its oldest measurement that a choice holds"}
+    )
 
     @property
     def matrix_file(self) -> Path:

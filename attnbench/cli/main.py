@@ -13,15 +13,33 @@ import typer
 import typer.core
 
 import attnbench
-from attnbench.cli import asv, dashboard, doctor, history, nightly, results, run, selection, verify
+from attnbench.cli import (
+    asv,
+    choose,
+    dashboard,
+    doctor,
+    history,
+    itl,
+    nightly,
+    results,
+    run,
+    selection,
+    traffic,
+    upgrade,
+    verify,
+)
 from attnbench.errors import AttnBenchError, ExitCode
+
+#: Verbs that take --resume.
+_RESUMED = frozenset({"run", "nightly"})
 
 
 class _Stopped(BaseException):
     """Carries what ended a verb past typer, which would turn all of it into exit 1."""
 
-    def __init__(self, cause: BaseException) -> None:
+    def __init__(self, cause: BaseException, verb: str) -> None:
         self.cause = cause
+        self.verb = verb
 
 
 class _Verbs(typer.core.TyperGroup):
@@ -30,7 +48,7 @@ class _Verbs(typer.core.TyperGroup):
             result = super().invoke(ctx)
             sys.stdout.flush()  # a reader that went away is found here, not at exit
         except (KeyboardInterrupt, BrokenPipeError, EOFError) as error:
-            raise _Stopped(error) from error
+            raise _Stopped(error, ctx.invoked_subcommand or "") from error
         return result
 
 
@@ -71,6 +89,10 @@ app.command()(doctor.doctor)
 app.command()(selection.backends)
 app.command()(selection.explain)
 app.command()(selection.matrix)
+app.command()(upgrade.upgrade)
+app.command()(traffic.traffic)
+app.command()(itl.itl)
+app.command()(choose.choose)
 app.command()(history.compare)
 app.command()(history.history)
 app.command()(dashboard.dashboard)
@@ -100,10 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
             # The reader of stdout went away (`| head`): not our error, and nobody listens.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(ExitCode.OK)
-        print(
-            "attnbench: stopped; what was measured is stored, --resume last goes on",
-            file=sys.stderr,
-        )
+        kept = "; what was measured is stored, --resume last goes on"
+        print(f"attnbench: stopped{kept if stopped.verb in _RESUMED else ''}", file=sys.stderr)
         sys.exit(ExitCode.INCOMPLETE)
     # A traceback must never become exit 1, which means "regression".
     except Exception:

@@ -132,7 +132,7 @@ def explain(
     if log:
         from attnbench.cli.server_log import explain_log
 
-        if workload or backend or dtype or kv_cache_dtype or block_size:
+        if workload or backend or dtype or kv_cache_dtype or block_size or choices:
             raise UsageError("--log says what was asked for; of the others it takes --model")
         explain_log(log, model or shape, device, ask_vllm=probe, format=format)
         return

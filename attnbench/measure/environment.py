@@ -96,6 +96,11 @@ def read_environment(device: Device) -> Environment:
     )
 
 
+def class_of_name(device_name: str) -> str:
+    """The device class of a GPU that its driver calls this."""
+    return _slug(device_name)
+
+
 def read_driver_version() -> str:
     """NVIDIA's driver, as the kernel names it; from NVML in a container that hides /proc/driver."""
     return _first_line("/proc/driver/nvidia/version") or nvml.driver_version()

@@ -118,6 +118,16 @@ def platform_problems() -> tuple[str, ...]:
     return _found()[1]
 
 
+_CHOSEN: dict[str, Platform] = {}
+
+
+def use_chosen(platform: Platform | None) -> None:
+    """Let `platform` stand for the one of its kind from here on; None: none does any more."""
+    _CHOSEN.clear()
+    if platform is not None:
+        _CHOSEN[platform.kind] = platform
+
+
 def reload_platforms() -> None:
     """Read the installed packages' entry points again."""
     _found.cache_clear()
@@ -129,7 +139,7 @@ def platform_of(device: Device) -> Platform:
 
     Raises: DeviceError when no platform of that kind is installed.
     """
-    found = _found()[0].get(device.kind)
+    found = _CHOSEN.get(device.kind) or _found()[0].get(device.kind)
     if found is None:
         raise DeviceError(
             f"no platform for devices of kind {device.kind!r}; install the package that brings it "

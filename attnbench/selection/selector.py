@@ -39,6 +39,7 @@ class Candidate:
     priority: int
     reasons: tuple[str, ...]
     note: str = ""
+    variant: str = ""  # that the chain names with it
 
     @property
     def accepted(self) -> bool:
@@ -120,10 +121,19 @@ def _consider(
         looked_at = [_candidate(name, Source.EXPLICIT, 0, config, device, present, variant)]
     else:
         looked_at = [
-            _candidate(name, Source.CHAIN, priority, config, device, present)
-            for priority, name in enumerate(chain)
+            _candidate(
+                split_request(text)[0],
+                Source.CHAIN,
+                priority,
+                config,
+                device,
+                present,
+                split_request(text)[1],
+            )
+            for priority, text in enumerate(chain)
         ]
-        rest = [name for name in runnable_backend_names() if name not in chain]
+        named = {candidate.name for candidate in looked_at}
+        rest = [name for name in runnable_backend_names() if name not in named]
         looked_at += [
             _candidate(name, Source.FALLBACK, priority, config, device, present)
             for priority, name in enumerate(rest)
@@ -137,7 +147,9 @@ def _consider(
         )
     return Selection(
         backend=chosen.name if chosen else "",
-        variant=_variant(chosen.name, variant, config, device) if chosen else "",
+        variant=(
+            _variant(chosen.name, variant or chosen.variant, config, device) if chosen else ""
+        ),
         source=chosen.source if chosen else looked_at[0].source,
         device=device,
         device_is_present=present,
@@ -165,6 +177,7 @@ def _candidate(
         # Without the class there are no predicates to ask, here or for a device elsewhere.
         return Candidate(name, source, priority, (str(error),))
     reasons = cls.validate_configuration(config, device)
+    asked = variant
     variant = variant or cls.default_variant(config, device)
     if not reasons and (refusal := cls.variant_refusal(variant, config, device)):
         reasons.append(refusal)
@@ -173,7 +186,8 @@ def _candidate(
         where = device if cls.supports_device(device) else None
         status = backend_status(name, where, variant)
         reasons += [status] if status and status not in reasons else []
-    return Candidate(name, source, priority, tuple(reasons), _note(name, cls, config, device))
+    note = _note(name, cls, config, device)
+    return Candidate(name, source, priority, tuple(reasons), note, asked)
 
 
 def _variant(name: str, wanted: str, config: AttentionConfig, device: Device) -> str:

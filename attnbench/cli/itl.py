@@ -1,0 +1,160 @@
+"""`attnbench itl`: what the users of each backend feel under a traffic."""
+
+from __future__ import annotations
+
+import json
+import re
+from enum import StrEnum
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from attnbench.cli.output import Format, FormatOption, ResultsOption, emit, note
+from attnbench.cli.sweeping import L2_HELP, TIMER_HELP
+from attnbench.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from attnbench.choose.itl import UserAnswer
+    from attnbench.choose.stored import Measured
+    from attnbench.traffic.reduced import ReducedTrace, TraceOptions
+
+
+class Rest(StrEnum):
+    """What a step is made of beside attention."""
+
+    NONE = "none"
+    ROOFLINE = "roofline"
+
+
+def itl(
+    trace: Annotated[Path, typer.Argument(help="File of requests, as `attnbench traffic` reads.")],
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="This backend, NAME or NAME:variant; repeat. Default: all with a time of every "
+            "batch."
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Model whose layers and sizes are known, e.g. llama-3-8b.")
+    ] = "llama-3-8b",
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
+    layer: Annotated[
+        str, typer.Option(help="More words of the layer's workload, e.g. 'kv=fp8_e4m3 block=64'.")
+    ] = "",
+    device: Annotated[
+        str,
+        typer.Option(help="Whose stored times and published peaks: NVIDIA H200, or nvidia-h200."),
+    ] = "NVIDIA H200",
+    rest: Annotated[
+        Rest,
+        typer.Option(help="The rest of a step: linear layers at the roofline, or none of it."),
+    ] = Rest.ROOFLINE,
+    trace_format: Annotated[str, typer.Option(help="Format of the trace; default: sniffed.")] = "",
+    max_model_len: Annotated[
+        int, typer.Option(help="Leave out requests of more tokens; 0: none.")
+    ] = 0,
+    requests: Annotated[int, typer.Option(help="Only the first so many; 0: all.")] = 0,
+    rate_scale: Annotated[float, typer.Option(help="So many times as many per second.")] = 1.0,
+    representatives: Annotated[int, typer.Option(help="Batches to choose at most.")] = 512,
+    results: ResultsOption = None,
+    timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
+    l2: Annotated[str, typer.Option(help=L2_HELP)] = "",
+    format: FormatOption = Format.TABLE,
+) -> None:
+    """Say what inter-token latency and throughput each backend gives a trace, by stored times."""
+    from attnbench.choose.itl import answer
+    from attnbench.choose.itl_report import measure_command
+    from attnbench.choose.stored import Measured, read_rows
+    from attnbench.measure.environment import class_of_name
+    from attnbench.measure.peaks import PEAKS
+    from attnbench.settings import load_settings
+    from attnbench.store import ResultsFolder
+    from attnbench.traffic.latency import DeviceRates
+    from attnbench.traffic.reduced import TraceOptions, layer_workload, reduced_trace
+    from attnbench.workload.closest import did_you_mean
+
+    device_class = class_of_name(device)
+    name = next((one for one in PEAKS if class_of_name(one) == device_class), None)
+    if name is None:
+        raise UsageError(f"no published peaks of {device!r}; {did_you_mean(device, tuple(PEAKS))}")
+    rates = DeviceRates(PEAKS[name].memory_bytes_per_s, PEAKS[name].matmul_flops_per_s)
+    options = TraceOptions(trace_format, max_model_len, requests, rate_scale, representatives)
+    folder = ResultsFolder(results or load_settings().results)
+    rows = read_rows(folder, timer, l2)
+    one = layer_workload(model, tp, layer)
+    reduced = reduced_trace(trace, one, model, tp, rates, options)
+    measured = Measured(rows, device_class, reduced.reduction.workloads, folder.published_runs())
+    found = answer(reduced, measured, backend or [], with_rest=rest is Rest.ROOFLINE)
+    suite = re.sub(r"[^a-z0-9]+", "-", trace.stem.lower()).strip("-") or "trace"
+    command = measure_command(
+        found,
+        suite,
+        _write_suite(trace, suite, model, tp, layer, name, options),
+        (f" --timer {timer}" if timer else "") + (f" --l2 {l2}" if l2 else ""),
+    )
+    _print(found, command, format)
+    _tell(found, reduced, measured, command)
+    if backend and found.unanswered:
+        raise typer.Exit(ExitCode.UNDECIDED)
+
+
+def _write_suite(
+    trace: Path, suite: str, model: str, tp: int, layer: str, device: str, options: TraceOptions
+) -> str:
+    """The `attnbench traffic` command with the same batches; defaults left out."""
+    from attnbench.traffic.reduced import TraceOptions
+
+    words = ["attnbench", "traffic", str(trace), "--model", model]
+    pairs: list[tuple[str, object, object]] = [
+        ("--tp", tp, 1),
+        ("--layer", layer, ""),
+        ("--device", device, "NVIDIA H200"),
+    ]
+    plain = TraceOptions()
+    pairs += [
+        (f"--{key.replace('_', '-')}", getattr(options, key), getattr(plain, key))
+        for key in TraceOptions.__slots__
+    ]
+    for option, value, default in pairs:
+        if value != default:
+            words += [option, str(value)]
+    return " ".join(quote(word) for word in [*words, "--out", f"suites/{suite}.py"])
+
+
+def _print(found: UserAnswer, command: str, format: Format) -> None:
+    from attnbench.choose.itl_report import number_rows, text_rows, to_json
+
+    if format is Format.JSON:
+        print(json.dumps(to_json(found, command), indent=2, allow_nan=False))
+    elif format is Format.CSV:
+        emit(number_rows(found), format)
+    else:
+        emit(text_rows(found), format)
+
+
+def _tell(found: UserAnswer, reduced: ReducedTrace, measured: Measured, command: str) -> None:
+    loaded = reduced.trace
+    note(
+        f"{len(loaded)} requests ({loaded.num_rejected} too long, {loaded.num_empty} empty), "
+        f"{found.num_batches} batches stand for their steps; a step is {found.scope}"
+    )
+    if measured.how is not None:
+        published = ", published" if measured.is_published else ""
+        note(f"times of {measured.how.text}{published}")
+    for line in measured.notes:
+        note(line)
+    for one in found.answers:
+        if one.choice is not None and one.replicates == 1:
+            note(f"{one.name}: a batch was timed by one process; what differs between is not in []")
+        if one.beyond > 0.01:
+            note(
+                f"{one.name}: {100 * one.beyond:.0f} % of its time is in steps larger than every "
+                "batch measured; extrapolated"
+            )
+    for lacking in found.unanswered:
+        note(f"{lacking.request}: {lacking.reason}")
+    if command:
+        note(f"to measure: {command}")
