@@ -69,6 +69,7 @@ def itl(
     from attnbench.choose.itl_report import measure_command
     from attnbench.choose.stored import Measured, read_rows
     from attnbench.measure.environment import class_of_name
+    from attnbench.measure.options import MeasureOptions
     from attnbench.measure.peaks import PEAKS
     from attnbench.settings import load_settings
     from attnbench.store import ResultsFolder
@@ -76,6 +77,10 @@ def itl(
     from attnbench.traffic.reduced import TraceOptions, layer_workload, reduced_trace
     from attnbench.workload.closest import did_you_mean
 
+    if timer:
+        MeasureOptions(timer=timer)
+    if l2:
+        MeasureOptions(l2_states=(l2,))
     device_class = class_of_name(device)
     name = next((one for one in PEAKS if class_of_name(one) == device_class), None)
     if name is None:

@@ -23,7 +23,7 @@ from attnbench.traffic.types import Floats, Ints
 from attnbench.workload import Workload
 
 _NEIGHBOURS = 3
-_MIN_BATCHES = 16
+MIN_BATCHES = 16
 #: Squared distance at which a batch counts as the measured one itself.
 _SAME = 1e-9
 
@@ -57,10 +57,10 @@ class MeasuredLatency(StepModel):
     def __init__(
         self, workloads: Sequence[Workload], seconds: Floats, num_layers: int | None = None
     ) -> None:
-        if len(workloads) < _MIN_BATCHES or len(workloads) != len(seconds):
+        if len(workloads) < MIN_BATCHES or len(workloads) != len(seconds):
             raise UsageError(
                 f"{len(workloads)} measured batches and {len(seconds)} times; give as many of the "
-                f"one as of the other, {_MIN_BATCHES} or more"
+                f"one as of the other, {MIN_BATCHES} or more"
             )
         if (
             len({workload.replace(batch_spec=workloads[0].batch_spec) for workload in workloads})

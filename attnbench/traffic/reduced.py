@@ -1,0 +1,98 @@
+"""From a trace file to the batches that stand for it: the same whoever asks.
+
+`attnbench traffic` writes a suite of these batches, and `attnbench itl` looks for their times: both
+reduce here. The clock is the roofline of a device's published peaks, linear layers included:
+what has been measured does not change which batches are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnbench.errors import UsageError
+from attnbench.traffic.latency import AttentionRoofline, DeviceRates, LinearRoofline, SumOfParts
+from attnbench.traffic.latency_linear import linear_sizes
+from attnbench.traffic.latency_measured import MIN_BATCHES
+from attnbench.traffic.reduce import Reduction, reduce_steps, window_to_hold_back
+from attnbench.traffic.schedule import schedule
+from attnbench.traffic.schedule_settings import SchedulerSettings
+from attnbench.traffic.trace import first_requests, load_trace, scale_rate
+from attnbench.traffic.types import StepBatches, Trace
+from attnbench.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class TraceOptions:
+    """How a trace is read and reduced. `max_model_len`, `requests` 0: no limit."""
+
+    trace_format: str = ""
+    max_model_len: int = 0
+    requests: int = 0
+    rate_scale: float = 1.0
+    representatives: int = 512
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReducedTrace:
+    """A trace, its schedule by the roofline's clock, and the batches that stand for it.
+
+    Attributes:
+        layer: the attention layer, as a workload; its batch is not looked at.
+        attention, linear: the two parts of the clock.
+        reduction: `reduction.held_back` is the window that chose nothing.
+    """
+
+    trace: Trace
+    layer: Workload
+    attention: AttentionRoofline
+    linear: LinearRoofline
+    steps: StepBatches
+    reduction: Reduction
+
+
+def layer_workload(model: str, tensor_parallel_size: int, words: str = "") -> Workload:
+    """A named model's attention layer, e.g. with words `kv=fp8_e4m3 block=64`.
+
+    Raises:
+        WorkloadError: an unknown model, or words that are no workload's.
+    """
+    ranks = f"tp={tensor_parallel_size}" if tensor_parallel_size != 1 else ""
+    return Workload.parse(" ".join(f"q1 shape={model} {ranks} {words}".split()))
+
+
+def reduced_trace(
+    path: Path,
+    layer: Workload,
+    model: str | Mapping[str, Any],
+    tensor_parallel_size: int,
+    rates: DeviceRates,
+    options: TraceOptions,
+) -> ReducedTrace:
+    """Read, schedule and reduce a trace.
+
+    Args:
+        model: whose linear layers are around `layer`: as `linear_sizes` takes it.
+
+    Raises:
+        UsageError: a trace that cannot be read, or has too few or too equal steps; a model without
+            known sizes.
+    """
+    attention = AttentionRoofline(layer, rates)
+    linear = LinearRoofline(linear_sizes(model, tensor_parallel_size), rates)
+    trace = load_trace(path, options.trace_format or None, options.max_model_len or None)
+    trace = first_requests(trace, options.requests or len(trace))
+    trace = scale_rate(trace, options.rate_scale)
+    clock = SumOfParts([attention, linear])
+    steps = schedule(trace, SchedulerSettings(block_size=layer.block_size), clock)
+    window = window_to_hold_back(steps)
+    reduction = reduce_steps(steps, layer, options.representatives, window)
+    if len(reduction) < MIN_BATCHES:
+        raise UsageError(
+            f"{options.representatives} representatives of this trace are {len(reduction)} "
+            f"different batches, and a latency model takes {MIN_BATCHES}; allow more of them, or "
+            "give a longer trace"
+        )
+    return ReducedTrace(trace, layer, attention, linear, steps, reduction)
