@@ -26,17 +26,8 @@ def shares_of_trace(
     """
     from attnbench.measure.environment import class_of_name
     from attnbench.measure.peaks import PEAKS
-    from attnbench.traffic.latency import (
-        AttentionRoofline,
-        DeviceRates,
-        LinearRoofline,
-        SumOfParts,
-    )
-    from attnbench.traffic.latency_linear import linear_sizes
-    from attnbench.traffic.reduce import reduce_steps, window_to_hold_back
-    from attnbench.traffic.schedule import schedule
-    from attnbench.traffic.schedule_settings import SchedulerSettings
-    from attnbench.traffic.trace import load_trace
+    from attnbench.traffic.latency import DeviceRates
+    from attnbench.traffic.reduced import TraceOptions, reduced_trace
     from attnbench.upgrade.batches import BatchShare, workload_of
     from attnbench.workload import Workload
 
@@ -49,18 +40,12 @@ def shares_of_trace(
         )
     layer = workload_of(cell, BatchShare(Workload.parse("q1"), 1.0))
     rates = DeviceRates(peak.memory_bytes_per_s, peak.matmul_flops_per_s)
-    clock = SumOfParts(
-        [
-            AttentionRoofline(layer, rates),
-            LinearRoofline(linear_sizes(cell.hf_config or model, tp), rates),
-        ]
-    )
-    loaded = load_trace(trace)
-    steps = schedule(loaded, SchedulerSettings(block_size=layer.block_size), clock)
-    reduction = reduce_steps(steps, layer, representatives, window_to_hold_back(steps))
+    options = TraceOptions(representatives=representatives)
+    found = reduced_trace(trace, layer, cell.hf_config or model, tp, rates, options)
+    reduction = found.reduction
     note(
-        f"{len(loaded)} requests make {len(steps)} steps; {len(reduction)} batches stand for them, "
-        f"their totals within {reduction.totals_error:.2%}"
+        f"{len(found.trace)} requests make {len(found.steps)} steps; {len(reduction)} batches "
+        f"stand for them, their totals within {reduction.totals_error:.2%}"
     )
     shares: dict[str, BatchShare] = {}
     for workload, weight in zip(reduction.workloads, reduction.weights.tolist(), strict=True):
