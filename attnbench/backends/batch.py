@@ -90,6 +90,7 @@ class AttentionBatch:
     sinks: torch.Tensor | None
     """(num_heads,) float32: one extra logit per head, in the softmax's denominator only."""
     tokens: BatchTokens = field(repr=False)
+    reorder_batch_threshold: int | None = None
 
     @property
     def shape(self) -> AttentionShape:
@@ -240,6 +241,7 @@ def make_batch(
         alibi_slopes=alibi_slopes,
         sinks=_make_sinks(workload, requests, device) if shape.has_sink else None,
         tokens=tokens,
+        reorder_batch_threshold=reorder_batch_threshold,
     )
 
 
@@ -336,6 +338,14 @@ def _make_tokens(
         device=device,
         first_own_id=torch.tensor([first_own_id[i] for i in order], device=device),
     )
+
+
+def context_tokens(workload: Workload, batch: AttentionBatch) -> BatchTokens:
+    """Tokens of `workload`, whose requests and layer are those of `batch`, in the batch's order."""
+    threshold = batch.reorder_batch_threshold
+    order = batch_order(workload.requests, threshold)
+    num_shared = workload.common_prefix_len
+    return _make_tokens(workload, batch.spec, batch.layer, order, num_shared, batch.device)
 
 
 def roundings(

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attnbench.cli.model_steps import (
+    LAYERS_HELP,
+    MODEL_HELP,
+    PointMetric,
+    check_step_options,
+    steps_of,
+)
 from attnbench.cli.output import Format, FormatOption, ResultsOption, emit
 from attnbench.cli.sweeping import L2_HELP, LOCK_HELP, RATED_HELP, SHARD_HELP, TIMER_HELP
 from attnbench.cli.workload_options import (
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from attnbench.measure import PlannedPoint
     from attnbench.settings import Settings
     from attnbench.store.ceilings import Ceilings
+    from attnbench.workload import Workload
 
 COLUMNS = (
     *("workload", "backend", "variant", "metric", "timer", "l2_state"),
@@ -59,6 +68,13 @@ def run(
         list[str] | None,
         typer.Option(help="Only this backend, NAME or NAME:variant; repeat for several."),
     ] = None,
+    metric: Annotated[
+        PointMetric,
+        typer.Option(help="Time attention, or also whole steps of a model of few layers."),
+    ] = PointMetric.ATTENTION,
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "",
+    tp: Annotated[int, typer.Option(help="With --metric step: tensor-parallel ranks.")] = 1,
+    step_layers: Annotated[list[int] | None, typer.Option(help=LAYERS_HELP)] = None,
     timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
     l2: Annotated[list[str] | None, typer.Option(help=L2_HELP)] = None,
     lock_clocks: Annotated[
@@ -93,6 +109,7 @@ def run(
     from attnbench.settings import load_settings
     from attnbench.store import ResultsFolder
 
+    check_step_options(metric, model, tp, step_layers or [])
     settings = load_settings()
     device = current_device()
     options = measure_options(
@@ -140,10 +157,19 @@ def _plan(
     given = set(ctx.params)
     if suites:
         refuse_beside(ctx, "--suite", allowed=given - set(FEATURES))
-        return make_plan(choose_suites(settings, suites), ctx.params["preset"], backends, device)
+        chosen, preset = choose_suites(settings, suites), ctx.params["preset"]
+        return make_plan(chosen, preset, backends, device, partial(_as_asked, ctx))
     refuse_beside(ctx, "a batch spec", allowed=given - {"preset"})
     workloads = expand_workloads([workload_text(spec, ctx.params)])
-    return plan_workloads(workloads, backends, device)
+    return plan_workloads(_as_asked(ctx, workloads), backends, device)
+
+
+def _as_asked(ctx: typer.Context, workloads: Iterable[Workload]) -> Iterable[Workload]:
+    """The workloads themselves, or steps of a model with their batches."""
+    if ctx.params["metric"] is not PointMetric.STEP:
+        return workloads
+    params = ctx.params
+    return steps_of(workloads, params["model"], params["tp"], params["step_layers"] or ())
 
 
 def summary_rows(

@@ -36,7 +36,7 @@ class Executor(Protocol):
     """Measures one point after another."""
 
     def measure(self, planned: PlannedPoint) -> list[Measurement]:
-        """Rows of one try; the first is metric `attention` and carries the status.
+        """Rows of one try; the first is of the point's metric and carries the status.
 
         Raises InfrastructureError if no worker can be had that works.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -16,7 +16,7 @@ from attnbench.backends.registry import (
 )
 from attnbench.errors import BackendUnavailableError, UsageError
 from attnbench.selection import config_of
-from attnbench.store.record import point_id
+from attnbench.store.record import Metric, point_id
 from attnbench.workload import Suite, Workload
 
 
@@ -32,6 +32,11 @@ class PlannedPoint:
     @property
     def point_id(self) -> str:
         return point_id(self.workload.text, self.backend, self.variant)
+
+    @property
+    def metric(self) -> Metric:
+        """What the point is timed as, and what its status is told by."""
+        return Metric.STEP if self.workload.is_step else Metric.ATTENTION
 
     def to_json(self) -> dict[str, str]:
         """For a run's header, so that `--resume` needs nothing retyped."""
@@ -109,12 +114,16 @@ def make_plan(
     preset: str,
     backends: Sequence[str],
     device: Device,
+    change: Callable[[Iterable[Workload]], Iterable[Workload]] = lambda workloads: workloads,
 ) -> list[PlannedPoint]:
-    """Points of the suites' preset. A point two suites share is measured once, for the first."""
+    """Points of the suites' preset. A point two suites share is measured once, for the first.
+
+    `change` makes what is measured of what a suite says.
+    """
     points: dict[str, PlannedPoint] = {}
     for suite in suites:
         for point in plan_workloads(
-            suite.workloads(preset), backends or suite.backends, device, suite.name
+            change(suite.workloads(preset)), backends or suite.backends, device, suite.name
         ):
             points.setdefault(point.point_id, point)
     return list(points.values())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from attnbench.backends.abstract import AttentionBackend
-from attnbench.backends.check import OutputCheck, check_output
+from attnbench.backends.check import OutputCheck
 from attnbench.backends.device import Device
 from attnbench.backends.registry import backend_status, get_backend_class
 from attnbench.errors import AttnBenchError, SelectionError, TimerError
@@ -22,7 +22,7 @@ from attnbench.measure.gpu.clock import THROTTLE_THRESHOLD
 from attnbench.measure.gpu.nvml import invalidating_reasons, throttle_reasons
 from attnbench.measure.options import MeasureOptions
 from attnbench.measure.plan import PlannedPoint
-from attnbench.measure.prepare import PreparedPoint, prepare
+from attnbench.measure.preparation import preparation
 from attnbench.measure.sampling import Target, sample
 from attnbench.measure.stopping import StoppingRule, StopReason
 from attnbench.measure.timers import Subject, Timer
@@ -30,6 +30,7 @@ from attnbench.measure.truth import TruthCache
 from attnbench.selection import config_of
 from attnbench.store.record import Measurement, Metric, Status
 from attnbench.workload.cost import attention_bytes, attention_flops
+from attnbench.workload.model import step_bytes, step_flops
 
 #: Share of the budget the smaller metrics get each.
 _PART_BUDGET = 0.2
@@ -65,6 +66,7 @@ class RowMaker:
         timer: Timer,
     ) -> None:
         self._workload = planned.workload
+        self._metric = planned.metric
         self._started = time.perf_counter()
         self._shared: dict[str, Any] = {
             **planned.workload.columns(),
@@ -82,12 +84,19 @@ class RowMaker:
             "l2_state": timer.l2_states[0],
         }
 
-    def row(self, status: Status, metric: Metric = Metric.ATTENTION, **more: Any) -> Measurement:
+    def row(self, status: Status, metric: Metric | None = None, **more: Any) -> Measurement:
+        """A row of `metric`; None: of the point's own."""
+        metric = metric or self._metric
         costs = {}
         if metric is Metric.ATTENTION:
             costs = {
                 "bytes_moved": attention_bytes(self._workload),
                 "flops": attention_flops(self._workload),
+            }
+        elif metric is Metric.STEP:
+            costs = {
+                "bytes_moved": step_bytes(self._workload),
+                "flops": step_flops(self._workload),
             }
         columns = {
             **self._shared,
@@ -127,7 +136,7 @@ def measure_point(
     context: PointContext,
     truth_known: Callable[[], None] = lambda: None,
 ) -> list[Measurement]:
-    """Rows of one point; the first is metric `attention` and carries the status.
+    """Rows of one point; the first is of the point's own metric and carries the status.
 
     `truth_known` is called when the reference is there and the backend's own work begins.
     """
@@ -174,29 +183,21 @@ def _measure(
     truth_known: Callable[[], None],
 ) -> Iterator[Measurement]:
     backend = get_backend_class(planned.backend)
-    batch, truth = context.truths.get(planned, backend, context.device)
+    is_graph = context.timer.execution == "graph"
+    make = preparation(planned, context.truths, context.device, is_graph)
     truth_known()
     look = partial(
         read_conditions, context.environment.device_uuid, context.options.locked_clock_hz
     )
     conditions_before = look()
-    is_graph = context.timer.execution == "graph"
     try:
-        point = prepare(planned, batch, is_graph)
+        ready = make()
     except SelectionError as refusal:
         yield maker.row(Status.UNSUPPORTED, reasons=(str(refusal),))
         return
 
+    point, check_of, twin = ready.point, ready.check, ready.twin
     every = [point]  # and its twins, when a timer asks for some
-
-    def check(whose: PreparedPoint) -> OutputCheck:
-        return check_output(
-            whose.output(),
-            truth,
-            planned.workload.dtype,
-            planned.workload.resolved_kv_cache_dtype,
-            whose.lse(),
-        )
 
     def facts(found: OutputCheck, *checked: str) -> dict[str, Any]:
         return {
@@ -208,7 +209,7 @@ def _measure(
 
     point.poison()
     point.attend()
-    before = check(point)
+    before = check_of(point)
     if not before.ok:
         yield maker.row(Status.INCORRECT, reasons=(before.reason,), **facts(before, "before"))
         return
@@ -217,15 +218,20 @@ def _measure(
         return
 
     def twins(count: int) -> list[Callable[[], object]]:
-        every.extend([point.twin() for _ in range(count)])
-        return [twin.attend for twin in every[1:]]
+        every.extend([twin() for _ in range(count)] if twin is not None else [])
+        return [one.attend for one in every[1:]]
 
     def poison() -> None:
         for one in every:
             one.poison()
 
+    metric = planned.metric
     target = Target(
-        point.attend, attention_bytes(planned.workload), twins, poison, point.twin_bytes
+        point.attend,
+        (step_bytes if metric is Metric.STEP else attention_bytes)(planned.workload),
+        twins if twin is not None else None,
+        poison,
+        ready.twin_bytes,
     )
     timed = _Timed(planned, context, maker)
     checked = ("before", "after_graph_replay" if is_graph else "after")
@@ -234,7 +240,7 @@ def _measure(
         del every[1:]
         others = OtherLoad()
         try:
-            row = timed.row(Metric.ATTENTION, target, l2_state, facts(before, *checked))
+            row = timed.row(metric, target, l2_state, facts(before, *checked))
         except TimerError as error:
             reasons = (str(error),)
             yield maker.row(
@@ -244,7 +250,7 @@ def _measure(
         row = _doubt_if_shared(row, others.cores(), context)
         conditions_after = {**look(), **row.conditions_after}
         # What the last timed block left behind, not what one more call would write.
-        found = [check(one) for one in every]
+        found = [check_of(one) for one in every]
         wrong = next((one for one in found if not one.ok), None)
         if wrong is not None:
             # Right once and wrong after timing: the time is of something else, and is not kept.
@@ -272,14 +278,14 @@ def _measure(
     parts = dict(point.timed_calls())
     if context.timer.host is not context.timer:
         parts[Metric.HOST] = point.attend
-    for metric, call in parts.items():
+    for part, call in parts.items():
         try:
-            yield timed.row(metric, Target(call), context.timer.l2_states[0], more)
+            yield timed.row(part, Target(call), context.timer.l2_states[0], more)
         # A part that cannot be timed alone costs that part, not the whole.
         except TimerError as error:
-            yield maker.row(Status.UNTIMED, metric, reasons=(str(error),))
+            yield maker.row(Status.UNTIMED, part, reasons=(str(error),))
         except Exception as error:
-            yield maker.row(Status.ERROR, metric, reasons=(_one_line(error),))
+            yield maker.row(Status.ERROR, part, reasons=(_one_line(error),))
 
 
 def _doubt_if_shared(
@@ -324,7 +330,7 @@ class _Timed:
         floor_s = context.host_floor_s if metric in _HOST_METRICS else context.timer_floor_s
         rule = StoppingRule(
             options.target_rel_ci,
-            options.budget_s * (1.0 if metric is Metric.ATTENTION else _PART_BUDGET),
+            options.budget_s * (1.0 if metric is self._planned.metric else _PART_BUDGET),
             options.min_samples,
             options.max_samples,
         )

@@ -22,11 +22,10 @@ from attnbench.store.record import Metric
 from attnbench.workload import AttentionType
 
 
-class PreparedPoint(Protocol):
-    """One point, ready: each method is one call of the engine's step for one layer."""
+class TimedPoint(Protocol):
+    """What is timed: one layer's attention, or a whole step of a model."""
 
     batch: AttentionBatch
-    kv_cache: torch.Tensor
 
     def build_metadata(self) -> None: ...
     def attend(self) -> None: ...
@@ -34,16 +33,22 @@ class PreparedPoint(Protocol):
         """Fill the output, and an LSE that is there, with values no kernel writes."""
         ...
 
+    def timed_calls(self) -> Mapping[Metric, Callable[[], object]]:
+        """What to time besides `attend`, by metric."""
+        ...
+
+
+class PreparedPoint(TimedPoint, Protocol):
+    """One layer's point, ready: each method is one call of the engine's step for one layer."""
+
+    kv_cache: torch.Tensor
+
     def output(self) -> torch.Tensor:
         """(num_tokens, num_heads, v_head_size), to compare with the reference."""
         ...
 
     def lse(self) -> torch.Tensor | None:
         """(n, num_heads) of the first n tokens that the last `attend` returned; None: none."""
-        ...
-
-    def timed_calls(self) -> Mapping[Metric, Callable[[], object]]:
-        """What to time besides `attention`, by metric."""
         ...
 
     def twin(self) -> Self:

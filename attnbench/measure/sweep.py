@@ -33,7 +33,7 @@ class SweepOutcome:
     """What a sweep did, counted over points and replicates."""
 
     run_id: str
-    counts: Counter[str]  # status of the metric `attention` -> number of rows
+    counts: Counter[str]  # status of a point -> number of rows
     duration_s: float
     skipped: int  # rows an earlier start of the same run had already stored
     quarantined: tuple[PlannedPoint, ...] = ()  # failed twice
@@ -141,12 +141,12 @@ def run_sweep(
 def _stored(run: Run, options: MeasureOptions) -> set[tuple[str, str]]:
     """(point, replicate) of the points that are stored whole.
 
-    The row with the status is written last; others of metric `attention` are in later L2 states.
+    The row with the status is written last; others of its metric are in later L2 states.
     """
     return {
         (point_id, replicate)
         for _, point_id, metric, _, l2_state, _, replicate in run.done
-        if metric == Metric.ATTENTION and l2_state not in options.l2_states[1:]
+        if metric in (Metric.ATTENTION, Metric.STEP) and l2_state not in options.l2_states[1:]
     }
 
 

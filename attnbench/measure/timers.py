@@ -17,6 +17,7 @@ from attnbench.measure.options import MeasureOptions
 from attnbench.measure.sampling import Block, Session, Target
 from attnbench.workload import Workload
 from attnbench.workload.cost import attention_bytes, attention_flops
+from attnbench.workload.model import step_bytes, step_flops
 
 #: Seconds of calls before the first sample.
 _WARM_UP_S = 0.05
@@ -148,7 +149,8 @@ class FakeTimer:
     """Exact times from a formula: no clock, the same on every machine.
 
     seconds = factor * (bytes / 100 GB/s + FLOPs / 1 TFLOP/s + 1 µs), where the factor is 1 for the
-    metric `attention` and smaller for the others, times any `fake_slowdown` of the backend. Five
+    metric `attention` and smaller for the others, times any `fake_slowdown` of the backend. A step
+    takes that of its attention, `layers` times, and bytes and FLOPs of all else likewise. Five
     samples, spread by 0.1 % around that value, so that intervals are narrow but not empty;
     replicates differ by 0.1 % too.
     """
@@ -171,18 +173,18 @@ class FakeTimer:
 
     def seconds(self, subject: Subject) -> float:
         """The exact median the fake timer gives for `subject`."""
-        roofline = (
-            attention_bytes(subject.workload) / 100e9
-            + attention_flops(subject.workload) / 1e12
-            + 1e-6
-        )
-        replicate = 1.0 + self._SPREAD[subject.replicate % len(self._SPREAD)]
-        return (
-            roofline
-            * self._FACTOR[subject.metric]
-            * self._slowdown.get(subject.backend, 1.0)
-            * replicate
-        )
+        workload = subject.workload
+        moved, flops = attention_bytes(workload), attention_flops(workload)
+        seconds = moved / 100e9 + flops / 1e12 + 1e-6
+        seconds *= self._slowdown.get(subject.backend, 1.0)
+        if subject.metric == "step":
+            layers = workload.shape.num_layers
+            seconds *= layers
+            seconds += (step_bytes(workload) - layers * moved) / 100e9
+            seconds += (step_flops(workload) - layers * flops) / 1e12
+        else:
+            seconds *= self._FACTOR[subject.metric]
+        return seconds * (1.0 + self._SPREAD[subject.replicate % len(self._SPREAD)])
 
     def open(self, target: Target, subject: Subject, l2_state: str) -> FakeSession:
         exact = self.seconds(subject)

@@ -12,6 +12,8 @@ from attnbench.backends.abstract import AttentionBackend
 from attnbench.backends.batch import AttentionBatch, make_batch
 from attnbench.backends.device import Device
 from attnbench.backends.reference import ReferenceResult, reference_attention
+from attnbench.measure.model_truth import StepTruth, step_truth
+from attnbench.measure.model_weights import StepWeights, make_weights
 from attnbench.measure.plan import PlannedPoint
 
 #: References of one sweep kept on disk; those of large points are computed again.
@@ -29,6 +31,7 @@ class TruthCache:
         self._folder = folder
         self._key = ""
         self._latest: tuple[AttentionBatch, ReferenceResult] | None = None
+        self._step: tuple[AttentionBatch, StepWeights, StepTruth] | None = None
         self._room = _MAX_KEPT_BYTES - _kept_bytes(folder) if folder else 0
 
     def get(
@@ -38,11 +41,25 @@ class TruthCache:
         threshold = backend.get_builder_cls().reorder_batch_threshold
         key = f"{planned.workload.id}-{threshold}-{device.torch_device}"
         if self._latest is None or key != self._key:
-            self._latest = None  # free the last one before making the next
+            self._latest = self._step = None  # free the last one before making the next
             batch = make_batch(planned.workload, device.torch_device, threshold)
             self._latest = (batch, self._reference(key, batch))
             self._key = key
         return self._latest
+
+    def get_step(
+        self, planned: PlannedPoint, backend: type[AttentionBackend], device: Device
+    ) -> tuple[AttentionBatch, StepWeights, StepTruth]:
+        """The same of a whole step, and the model's weights. Kept in memory only."""
+        threshold = backend.get_builder_cls().reorder_batch_threshold
+        key = f"{planned.workload.id}-{threshold}-{device.torch_device}"
+        if self._step is None or key != self._key:
+            self._latest = self._step = None
+            batch = make_batch(planned.workload, device.torch_device, threshold)
+            weights = make_weights(batch)
+            self._step = (batch, weights, step_truth(batch, weights))
+            self._key = key
+        return self._step
 
     def _reference(self, key: str, batch: AttentionBatch) -> ReferenceResult:
         path = self._folder / f"{key}.pt" if self._folder else None

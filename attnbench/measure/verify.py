@@ -37,7 +37,7 @@ import torch
 from attnbench.backends.check import row_tolerance
 from attnbench.backends.device import Device
 from attnbench.backends.registry import get_backend_class
-from attnbench.errors import InfrastructureError
+from attnbench.errors import InfrastructureError, UsageError
 from attnbench.measure.environment import Environment, read_environment
 from attnbench.measure.executor import TRUTH_TIMEOUT_S, WorkerExecutor
 from attnbench.measure.options import MeasureOptions
@@ -138,7 +138,15 @@ class Verification:
 def plan_verification(
     workload: Workload, backends: Sequence[str], device: Device
 ) -> list[PlannedPoint]:
-    """`backends` as `run` takes them; for none, every variant of all that run on `device`."""
+    """`backends` as `run` takes them; for none, every variant of all that run on `device`.
+
+    Raises UsageError for a step of a model, which `run` verifies itself.
+    """
+    if workload.is_step:
+        raise UsageError(
+            f"{workload.text!r} is a step of a model, which `attnbench run` checks as it measures; "
+            f"verify its attention: {workload.attention.text}"
+        )
     if backends:
         return plan_workloads([workload], backends, device)
     return [

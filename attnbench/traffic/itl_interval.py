@@ -1,9 +1,10 @@
 """How sure latencies are, when attention was measured on representatives.
 
-Two errors are carried to the result, each draw having both:
+These errors are carried to the result, each draw having all of them:
 
 - noise of the measurement: every representative's samples are drawn again with replacement, and the
   model is fitted to their medians;
+- the rest of a step, where it was measured: `MeasuredRest.drawn`;
 - the reduction: around each representative all steps are wrong together, by a normal error as large
   as leaving it out was wrong; and all steps everywhere, by one as large as the mean of those.
 
@@ -12,7 +13,7 @@ Batches stay as they are in a draw: the effect of a draw's times on who shares a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +48,7 @@ def intervals(
     samples: Sequence[Floats],
     rest_s: Floats | None = None,
     *,
+    drawn_rest: Callable[[np.random.Generator], Floats] | None = None,
     num_draws: int = NUM_DRAWS,
     seed: int = 0,
 ) -> dict[str, Interval]:
@@ -57,6 +59,7 @@ def intervals(
         samples: of each batch of `measured`, seconds of one layer; where a batch was measured by
             several processes, the medians of each, since processes differ more than calls do.
         rest_s: (num_steps,) the part of each step that is not attention; None: none.
+        drawn_rest: the same in one draw of its errors; None: it has none.
 
     Raises:
         UsageError: samples of another number of batches, or a batch without any.
@@ -74,18 +77,19 @@ def intervals(
     spread, common = np.minimum(np.abs(left_out), _MOST_ERROR), abs(float(left_out.mean()))
     gaps = token_gaps(steps, len(trace))
 
-    def statistics(attention_s: Floats) -> dict[str, float]:
-        return _statistics(trace, steps, gaps, attention_s, attention_s + rest)
+    def statistics(attention_s: Floats, rest_s: Floats) -> dict[str, float]:
+        return _statistics(trace, steps, gaps, attention_s, attention_s + rest_s)
 
     slopes, ratios = measured.refitted(measured.seconds)
-    value = statistics(measured.predicted(between, slopes, ratios))
+    value = statistics(measured.predicted(between, slopes, ratios), rest)
     draws = []
     for _ in range(num_draws):
         medians = [float(np.median(rng.choice(values, len(values)))) for values in samples]
         slopes, ratios = measured.refitted(np.array(medians))
         wrong = spread * rng.standard_normal(len(spread)) + common * rng.standard_normal()
         wrong = np.maximum(1.0 + wrong, 1.0 - _MOST_ERROR)
-        draws.append(statistics(measured.predicted(between, slopes, ratios) * wrong[nearest]))
+        attention_s = measured.predicted(between, slopes, ratios) * wrong[nearest]
+        draws.append(statistics(attention_s, rest if drawn_rest is None else drawn_rest(rng)))
     tail = (1.0 - CONFIDENCE) / 2.0
     found = {}
     for name, here in value.items():

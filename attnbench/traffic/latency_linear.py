@@ -41,7 +41,8 @@ def _llama(hidden: int, layers: int, heads: int, mlp: int, vocab: int) -> dict[s
     }
 
 
-#: Numbers of the models' public config.json, whose addresses docs/workloads.md lists by name.
+#: Numbers of the models' public config.json, whose addresses docs/workloads.md lists by name. A
+#: test holds each to the number of parameters of the published weights, to the last one.
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama-3-8b": _llama(4096, 32, 32, 14336, 128256),
     "llama-3-70b": _llama(8192, 80, 64, 28672, 128256),
@@ -89,7 +90,7 @@ def linear_sizes(model: str | Mapping[str, Any], tensor_parallel_size: int = 1) 
         dense_layers = min(int(config.get("first_k_dense_replace") or 0), layers)
     moe_layers = layers - dense_layers
     total = layers * _projections(config, hidden) + dense_layers * dense_mlp + moe_layers * shared
-    total += hidden * _number(config, "vocab_size")
+    total += hidden * _number(config, "vocab_size") + moe_layers * hidden * experts  # the routers
     return LinearSizes(
         dense_parameters=total / tensor_parallel_size,
         expert_parameters=moe_layers * expert / tensor_parallel_size,

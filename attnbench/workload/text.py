@@ -28,6 +28,8 @@ from attnbench.workload.batch_spec import (
 from attnbench.workload.closest import did_you_mean
 from attnbench.workload.lengths import EXPECTED as LENGTHS_EXPECTED
 from attnbench.workload.lengths import normalise_lengths
+from attnbench.workload.model import EXPECTED as MODEL_EXPECTED
+from attnbench.workload.model import normalise_model
 from attnbench.workload.shapes import DEFAULT_SHAPE, get_shape
 from attnbench.workload.types import AttentionShape, AttentionType, WorkloadFields
 
@@ -147,6 +149,12 @@ KEYS: Mapping[str, Key] = {
             "kv_lora_rank+qk_rope_head_dim:qk_nope_head_dim+v_head_dim",
             "512+64:128+128",
         ),
+        Key(
+            "model",
+            normalise_model,
+            f"{MODEL_EXPECTED}, the sizes of one rank of a model",
+            "4096:14336:128256",
+        ),
         Key("prefix", _number, "tokens that all requests share, 0 or more", "512"),
         Key("seed", lambda text: _number(text, MAX_SEED), f"0 to {MAX_SEED}", "7"),
         Key("shape", str, "a registered attention shape", "llama-3-70b"),
@@ -205,6 +213,7 @@ def parse_workload_text(text: str) -> dict[str, Any]:
         "prefix": "common_prefix_len",
         "lengths": "lengths",
         "seed": "seed",
+        "model": "model",
     }
     if "topk" in values:
         fields["topk_tokens"], fields["topk_pattern"] = values["topk"]
@@ -305,6 +314,7 @@ def format_workload_text(workload: WorkloadFields) -> str:
         ("lengths", workload.lengths, ""),
         ("seed", workload.seed, 0),
         ("topk", f"{workload.topk_tokens}:{workload.topk_pattern}", "0:"),
+        ("model", workload.model, ""),
     ):
         if value != default:
             words[key] = str(value)

@@ -103,6 +103,7 @@ class WorkloadFields:
     seed: int = 0
     topk_tokens: int = 0  # cached tokens each query attends to; 0: all it may see (dense)
     topk_pattern: str = ""  # which: random, prefix, window; "" when dense
+    model: str = ""  # sizes around the layer (`workload/model.py`): a step; "": attention alone
 
 
 IdentityColumns = Mapping[str, str | int | float | bool]

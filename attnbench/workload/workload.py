@@ -17,6 +17,8 @@ from attnbench.workload.batch_spec import (
 )
 from attnbench.workload.identity import short_hash
 from attnbench.workload.lengths import draw_lengths, normalise_lengths
+from attnbench.workload.model import EXPECTED as MODEL_EXPECTED
+from attnbench.workload.model import ModelSizes
 from attnbench.workload.shapes import get_shape
 from attnbench.workload.text import (
     DS_MLA,
@@ -66,6 +68,7 @@ class Workload(WorkloadFields):
         self._check_attn_type()
         self._check_topk()
         self._check_ds_mla()
+        self._check_model()
 
     def _check_prefix(self) -> None:
         prefix = self.common_prefix_len
@@ -139,6 +142,45 @@ class Workload(WorkloadFields):
                 "needs an MLA shape of 512+64 and dtype=bf16, e.g. shape=deepseek-v3.2; for "
                 "another shape write kv=fp8_e4m3"
             )
+
+    def _check_model(self) -> None:
+        """A step is one of a decoder whose layers are all of one dense kind."""
+        if not self.model:
+            return
+        word = f"model={self.model}"
+        try:
+            sizes = ModelSizes.parse(self.model)
+        except ValueError:
+            raise WorkloadError(
+                f"{word}: expected {MODEL_EXPECTED}, e.g. model=4096:14336:128256"
+            ) from None
+        object.__setattr__(self, "model", sizes.text)
+        if self.attn_type is not AttentionType.DECODER or self.is_sparse:
+            raise WorkloadError(
+                f"{word}: a step is one of dense decoder attention; leave attn= and topk= out, or "
+                "leave model= out"
+            )
+        if sizes.q_lora_rank and not self.shape.is_mla:
+            raise WorkloadError(
+                f"{word}: only MLA's query has a low rank; leave :q{sizes.q_lora_rank} out"
+            )
+        if self.shape.num_layers < sizes.num_dense_layers:
+            raise WorkloadError(
+                f"{word}: {sizes.num_dense_layers} dense layers come first, and layers= is "
+                f"{self.shape.num_layers}; write layers={sizes.num_dense_layers + 1} or more"
+            )
+
+    @property
+    def is_step(self) -> bool:
+        """Whether this is a whole step of a model, not attention alone."""
+        return bool(self.model)
+
+    @property
+    def attention(self) -> Workload:
+        """The attention of a step by itself: without `model=` and `layers=`."""
+        shape = self.shape
+        layers = get_shape(shape.name, shape.tensor_parallel_size).num_layers if shape.name else 1
+        return self.replace(model="", shape=dataclasses.replace(shape, num_layers=layers))
 
     @classmethod
     def parse(cls, text: str) -> Workload:

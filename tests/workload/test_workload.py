@@ -217,10 +217,13 @@ def test_every_field_is_in_the_text() -> None:
     assert {
         name
         for name in fields
-        if getattr(changed, name) != getattr(default, name) or name.startswith("topk")
+        if getattr(changed, name) != getattr(default, name)
+        or name.startswith("topk")
+        or name == "model"
     } == fields
     assert (sparse.topk_tokens, sparse.topk_pattern, sparse.is_sparse) == (64, "window", True)
     assert not default.is_sparse
+    assert Workload.parse("8q1s4k model=64:128:512").model == "64:128:512"
 
 
 def test_replace_checks_again() -> None:
