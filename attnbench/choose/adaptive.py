@@ -69,11 +69,19 @@ class Race:
         self.remaining = list(self.arms)
 
     def add(self, seconds: Mapping[str, float], failed: Mapping[str, str] | None = None) -> None:
-        """One round of all remaining arms; those in `failed` (and why) are out of the race."""
+        """One round of all remaining arms; those in `failed` (and why) are out of the race.
+
+        Who was dropped behind one of these comes back: that it is slower than a backend nobody can
+        take says nothing. Rounds it did not run are compared with nobody's.
+        """
         for arm, why in (failed or {}).items():
             self.failed[arm] = why
         self.remaining = [arm for arm in self.remaining if arm not in self.failed]
         self.rounds.append({arm: math.log(seconds[arm]) for arm in self.remaining})
+        while back := next((one for one in self.dropped if one.behind in self.failed), None):
+            self.dropped.remove(back)
+            if back.arm not in self.failed:
+                self.remaining.append(back.arm)
         if len(self.rounds) < MIN_ROUNDS:
             return
         for arm in list(self.remaining):
@@ -90,7 +98,10 @@ class Race:
         """The remaining arm with the least mean log seconds; "" without one."""
         if not self.remaining or not self.rounds:
             return ""
-        return min(self.remaining, key=lambda arm: (self._mean(arm), arm))
+        rounds = self._shared(self.remaining)
+        return min(
+            self.remaining, key=lambda arm: (statistics.fmean(one[arm] for one in rounds), arm)
+        )
 
     @property
     def stop(self) -> Stop | None:
@@ -114,21 +125,23 @@ class Race:
         if not first or len(self.remaining) == 1:
             return 1.0 if first else 0.0
         draw = random.Random(seed)
+        rounds = self._shared(self.remaining)
         wins = 0
         for _ in range(_BOOTSTRAPS):
-            sample = draw.choices(self.rounds, k=len(self.rounds))
+            sample = draw.choices(rounds, k=len(rounds))
             sums = {arm: sum(one[arm] for one in sample) for arm in self.remaining}
             wins += min(sums, key=lambda arm: sums[arm]) == first
         return wins / _BOOTSTRAPS
 
-    def _mean(self, arm: str) -> float:
-        return statistics.fmean(one[arm] for one in self.rounds)
+    def _shared(self, arms: Sequence[str]) -> list[dict[str, float]]:
+        """The rounds that all of these ran."""
+        return [one for one in self.rounds if all(arm in one for arm in arms)]
 
     def _limits(self, arm: str, other: str) -> tuple[float, float]:
         """Of the mean difference `arm` minus `other`, in logarithms."""
         from scipy.special import stdtrit
 
-        differences = [one[arm] - one[other] for one in self.rounds]
+        differences = [one[arm] - one[other] for one in self._shared((arm, other))]
         count = len(differences)
         look = count - MIN_ROUNDS + 1
         alpha = (1 - self.confidence) / (2 * (len(self.arms) - 1) * look * (look + 1))
@@ -167,13 +180,17 @@ def run_race(
 
 
 def statement(race: Race, stop: Stop) -> str:
-    """How sure it is, in a sentence."""
+    """How sure it is, in a sentence; those that failed are named, for nothing is said of them."""
+    out = "; ".join(f"{arm}: {why}" for arm, why in race.failed.items())
+    if stop is Stop.NOBODY:
+        return f"no backend could be measured: {out}"
+    text = _sure(race, stop)
+    return f"{text}; out of the race: {out}" if out else text
+
+
+def _sure(race: Race, stop: Stop) -> str:
     sure = f"at least {race.confidence:.0%}".replace(".0%", "%")
     rounds = f"{len(race.rounds)} rounds"
-    if stop is Stop.NOBODY:
-        return "no backend could be measured: " + "; ".join(
-            f"{arm}: {why}" for arm, why in race.failed.items()
-        )
     if stop is Stop.DECIDED and len(race.arms) - len(race.failed) == 1:
         return f"{race.leader} is the only backend that could be measured"
     if stop is Stop.DECIDED:

@@ -55,7 +55,7 @@ def crossovers(
     """All crossovers of a layer's stored grid among `valid` choices."""
     places: dict[tuple[int, int, int], Point] = {}
     for text, point in grid.items():
-        if (place := _place(Workload.parse(text))) is not None:
+        if (place := place_of(Workload.parse(text))) is not None:
             places[place] = point
     found = []
     for axis, name in enumerate(_AXES):
@@ -71,7 +71,7 @@ def crossovers(
     return found
 
 
-def _place(workload: Workload) -> tuple[int, int, int] | None:
+def place_of(workload: Workload) -> tuple[int, int, int] | None:
     """(requests, query, context) of a batch of equal requests; None for any other."""
     alike = {(one.query_len, one.seq_len) for one in workload.requests}
     if len(alike) != 1 or workload.common_prefix_len:

@@ -47,13 +47,10 @@ def takes_per_kind(version: str) -> bool:
     return _release(version) >= PER_KIND_SINCE
 
 
-def realise(
-    chosen: Mapping[str, Choice], version: str, default_block_size: int | None = None
-) -> Realised:
+def realise(chosen: Mapping[str, Choice], version: str) -> Realised:
     """Flags for the choice of each kind of layer, in the words of vLLM `version`.
 
-    `default_block_size` is what the engine would take; None: not known, so it is named where it is
-    not 16.
+    What the engine takes unasked is not known here: a block size is named where it is not 16.
     """
     choices = list(dict.fromkeys(chosen.values()))
     for choice in choices:
@@ -87,7 +84,7 @@ def realise(
     sizes = {choice.block_size for choice in choices}
     if len(sizes) > 1:
         why.append("--block-size is one for all kinds of layers")
-    elif sizes != {default_block_size or 16}:
+    elif sizes != {16}:
         words += ["--block-size", str(sizes.pop())]
     layouts = {choice.kv_cache_layout for choice in choices}
     if layouts == {"HND"}:

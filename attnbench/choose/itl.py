@@ -9,22 +9,26 @@ may be what it is slow at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from attnbench.backends.registry import backend_entry, split_request
+from attnbench.choose.itl_rest import Rest
+from attnbench.choose.loads import Load, concurrency, curves
 from attnbench.choose.stored import Choice, Measured, Point, Timed
 from attnbench.store.record import Status
-from attnbench.traffic.itl import ATTENTION_ONLY, serve, user_latency
+from attnbench.traffic.itl import ATTENTION_ONLY, serve
 from attnbench.traffic.itl_interval import Interval, intervals
-from attnbench.traffic.latency import StepModel, SumOfParts
+from attnbench.traffic.latency import StepModel
 from attnbench.traffic.latency_measured import MeasuredLatency
+from attnbench.traffic.latency_rest import MeasuredRest
 from attnbench.traffic.reduced import ReducedTrace
-from attnbench.traffic.schedule import schedule
 from attnbench.traffic.schedule_settings import SchedulerSettings
-from attnbench.traffic.types import StepBatches
+from attnbench.traffic.trace import scale_rate
+from attnbench.traffic.types import StepBatches, Trace
 from attnbench.workload import Workload
 
 LINEAR_LAYERS = "linear layers at the roofline"
@@ -50,6 +54,8 @@ class Answer:
             batch: there its times are extrapolated.
         left_out_error: mean absolute error of a batch's time predicted from all others'.
         replicates: processes that timed the batch with the fewest.
+        curves: see `loads.curves`.
+        loads: the trace at other rates, where asked for, and at its own.
     """
 
     choice: Choice | None
@@ -58,6 +64,8 @@ class Answer:
     beyond: float = 0.0
     left_out_error: float = 0.0
     replicates: int = 0
+    curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    loads: tuple[Load, ...] = ()
 
     @property
     def name(self) -> str:
@@ -90,16 +98,25 @@ class UserAnswer:
 
 
 def answer(
-    reduced: ReducedTrace, measured: Measured, requests: Sequence[str], *, with_rest: bool
+    reduced: ReducedTrace,
+    measured: Measured,
+    requests: Sequence[str],
+    *,
+    with_rest: bool,
+    steps: Rest | None = None,
+    loads: Sequence[float] = (),
 ) -> UserAnswer:
     """Serve the trace with each backend's stored times.
 
     Args:
         requests: backends, `NAME` or `NAME:variant`; none: whoever has a time of every batch.
         with_rest: the linear layers at the roofline are part of a step.
+        steps: the rest of a step as it was measured, in place of the roofline.
+        loads: so many times its rate the trace is served at too; each is in `Answer.loads`.
 
     Raises:
         UnknownBackendError: a request for a backend that nobody registered.
+        UsageError: a load that is not above zero.
     """
     for request in requests:
         backend_entry(split_request(request)[0])
@@ -114,11 +131,15 @@ def answer(
         chosen.update(dict.fromkeys(whole))
         if not whole:
             lacking.append(_unanswered(request, mine, points, workloads))
-    rest = reduced.linear if with_rest else None
-    found = [_answer(choice, reduced, points, rest) for choice in chosen]
+    rest: StepModel | None = reduced.linear if with_rest else None
+    rest = rest if steps is None else steps.model
+    rates = [(load, scale_rate(reduced.trace, load)) for load in loads]
+    found = [_answer(choice, reduced, points, rest, rates) for choice in chosen]
     found.sort(key=lambda one: (one.values["itl_p50_s"].value, one.name))
     scope = f"attention, and {LINEAR_LAYERS}" if with_rest else ATTENTION_ONLY
-    return UserAnswer((*found, _bound(reduced, rest)), tuple(lacking), scope, len(workloads))
+    if steps is not None:
+        scope = f"attention, and the rest of {steps.text}"
+    return UserAnswer((*found, _bound(reduced, rest, rates)), tuple(lacking), scope, len(workloads))
 
 
 def _is_asked(choice: Choice, request: str) -> bool:
@@ -127,16 +148,21 @@ def _is_asked(choice: Choice, request: str) -> bool:
 
 
 def _answer(
-    choice: Choice, reduced: ReducedTrace, points: Sequence[Point], rest: StepModel | None
+    choice: Choice,
+    reduced: ReducedTrace,
+    points: Sequence[Point],
+    rest: StepModel | None,
+    rates: Sequence[tuple[float, Trace]],
 ) -> Answer:
     timed: list[Timed] = [point.timed[choice] for point in points]
     seconds = np.array([one.seconds for one in timed])
-    model = MeasuredLatency(reduced.reduction.workloads, seconds)
+    model = MeasuredLatency(reduced.reduction.workloads, seconds, reduced.attention.num_layers)
     settings = SchedulerSettings(block_size=choice.block_size)
-    steps, _ = serve(reduced.trace, settings, model, rest, LINEAR_LAYERS)
+    steps, latency = serve(reduced.trace, settings, model, rest, LINEAR_LAYERS)
     samples = [np.array(one.replicates) for one in timed]
     rest_s = None if rest is None else rest.of_steps(steps)
-    values = intervals(reduced.trace, steps, model, samples, rest_s)
+    drawn = partial(rest.drawn, steps) if isinstance(rest, MeasuredRest) else None
+    values = intervals(reduced.trace, steps, model, samples, rest_s, drawn_rest=drawn)
     return Answer(
         choice=choice,
         values={name: values[name] for name in VALUES},
@@ -144,17 +170,42 @@ def _answer(
         beyond=_beyond(steps, model, reduced),
         left_out_error=float(np.abs(model.left_out_errors()).mean()),
         replicates=min(len(one.replicates) for one in timed),
+        curves=curves(latency),
+        loads=_loads(settings, model, rest, rates, lambda it: _beyond(it, model, reduced)),
     )
 
 
-def _bound(reduced: ReducedTrace, rest: StepModel | None) -> Answer:
-    clock = reduced.attention if rest is None else SumOfParts([reduced.attention, rest])
+def _bound(
+    reduced: ReducedTrace, rest: StepModel | None, rates: Sequence[tuple[float, Trace]]
+) -> Answer:
     settings = SchedulerSettings(block_size=reduced.layer.block_size)
-    steps = schedule(reduced.trace, settings, clock)
-    summary = user_latency(reduced.trace, steps, reduced.attention.of_steps(steps)).summary()
+    steps, latency = serve(reduced.trace, settings, reduced.attention, rest, LINEAR_LAYERS)
+    summary = latency.summary()
     nowhere = float("nan")
-    values = {name: Interval(nowhere, summary[name], nowhere) for name in VALUES}
-    return Answer(choice=None, values=values, num_steps=len(steps))
+    return Answer(
+        choice=None,
+        values={name: Interval(nowhere, summary[name], nowhere) for name in VALUES},
+        num_steps=len(steps),
+        curves=curves(latency),
+        loads=_loads(settings, reduced.attention, rest, rates, lambda it: 0.0),
+    )
+
+
+def _loads(
+    settings: SchedulerSettings,
+    attention: StepModel,
+    rest: StepModel | None,
+    rates: Sequence[tuple[float, Trace]],
+    beyond: Callable[[StepBatches], float],
+) -> tuple[Load, ...]:
+    """The trace at other rates: the model's times are asked for, the batches are new."""
+    found = []
+    for load, trace in rates:
+        steps, latency = serve(trace, settings, attention, rest, LINEAR_LAYERS)
+        lasted = float(trace.arrival_s[-1]) or float("nan")
+        rate = (len(trace) - 1) / lasted
+        found.append(Load(load, rate, concurrency(steps), latency.summary(), beyond(steps)))
+    return tuple(found)
 
 
 def _beyond(steps: StepBatches, model: MeasuredLatency, reduced: ReducedTrace) -> float:

@@ -5,14 +5,18 @@ Seconds become milliseconds, and shares percent, here and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isnan
 from shlex import quote
 from typing import Any
 
 from attnbench.choose.itl import VALUES, Answer, UserAnswer
+from attnbench.choose.loads import SHARES, Load
 from attnbench.choose.report import REPLICATES
 from attnbench.upgrade.cost_report import brace
 
+KIND = "itl"
+"""By which the pages know a saved answer."""
 _LONGEST = 2000
 """Characters of batches that anybody would paste."""
 
@@ -50,10 +54,15 @@ def number_rows(found: UserAnswer) -> list[dict[str, Any]]:
     return rows
 
 
-def to_json(found: UserAnswer, measure: str) -> dict[str, Any]:
-    """Everything, for programs."""
+def to_json(
+    found: UserAnswer, measure: str, asked: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything, for programs and for the pages; `asked`: what was asked, of which times."""
     return {
+        "kind": KIND,
+        **(asked or {}),
         "scope": found.scope,
+        "shares": list(SHARES),
         "batches": found.num_batches,
         "backends": [
             {
@@ -64,6 +73,11 @@ def to_json(found: UserAnswer, measure: str) -> dict[str, Any]:
                     for name, three in columns(one).items()
                 },
                 **_rest(one),
+                "curves": {
+                    f"{name.removesuffix('_s')}_ms": [1e3 * value for value in values]
+                    for name, values in one.curves.items()
+                },
+                "loads": [_load(load, one.choice is None) for load in one.loads],
             }
             for one in found.answers
         ],
@@ -103,6 +117,16 @@ def _rest(one: Answer) -> dict[str, Any]:
         "extrapolated_pct": None if is_bound else 100 * one.beyond,
         "left_out_error_pct": None if is_bound else 100 * one.left_out_error,
         "replicates": None if is_bound else one.replicates,
+    }
+
+
+def _load(load: Load, is_bound: bool) -> dict[str, Any]:
+    return {
+        "load": load.load,
+        "requests_per_s": _none(load.requests_per_s),
+        "concurrency": load.concurrency,
+        **{_name(name): _none(_scale(name) * load.values[name]) for name in VALUES},
+        "extrapolated_pct": None if is_bound else 100 * load.beyond,
     }
 
 

@@ -14,6 +14,8 @@ from attnbench.store.record import Status
 from attnbench.upgrade.cost_report import brace
 from attnbench.workload import Workload
 
+KIND = "choose"
+"""By which the pages know a saved answer."""
 REPLICATES = 3
 _LONGEST = 2000
 """Characters of batches that anybody would paste."""
@@ -115,6 +117,14 @@ def to_json(advice: Advice) -> dict[str, Any]:
     """Everything, for programs. Seconds; ratios over the winner."""
     scope = advice.scope
     return {
+        "kind": KIND,
+        "layers": [
+            {"layer_kind": name, "workload": one.text} for name, one in advice.kinds.items()
+        ],
+        "batches": [
+            {"batch": batch, "weight": weight}
+            for batch, weight in {part.batch: part.weight for part in advice.parts}.items()
+        ],
         "verdict": str(advice.whole.verdict),
         "rankings": [_ranking(one) for one in advice.rankings],
         "layer_kinds": [_ranking(one) for one in advice.per_kind.values()],

@@ -124,12 +124,17 @@ def batch_key(columns: Mapping[str, Any]) -> Key:
     return tuple(columns[name] for name in BATCH)
 
 
-def read_rows(folder: ResultsFolder, timer: str = "", l2_state: str = "") -> list[dict[str, Any]]:
-    """Rows of metric `attention`, made-up times only where timer `fake` is named.
+def read_rows(
+    folder: ResultsFolder,
+    timer: str = "",
+    l2_state: str = "",
+    metric: Metric = Metric.ATTENTION,
+) -> list[dict[str, Any]]:
+    """Rows of `metric`, made-up times only where timer `fake` is named.
 
     A folder that is not there holds nothing.
     """
-    where: dict[str, Any] = {"metric": str(Metric.ATTENTION)}
+    where: dict[str, Any] = {"metric": str(metric)}
     if timer:
         where["timer"] = timer
     if l2_state:
@@ -179,6 +184,7 @@ class Measured:
     ) -> None:
         """`wanted` decide how the times used were measured; `block_size` 0: any one counts."""
         hidden = frozenset(published)
+        self.device_class = device_class
         mine = [
             row
             for row in rows

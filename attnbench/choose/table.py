@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,16 @@ def to_table(
 def save(advice: Advice, model: str, shares: Sequence[BatchShare], path: Path) -> None:
     """Write the table, whole or not at all. Raises UsageError."""
     text = json.dumps(to_table(advice, model, shares), indent=2) + "\n"
+    if path.exists() and not path.is_file():
+        # Written beside and moved there, it would take the place of a device or a pipe.
+        raise UsageError(f"--save {path}: no regular file; name a new file, e.g. choices.json")
     beside = path.with_name(f".{path.name}.new")
     try:
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise UsageError(
             f"--save {path}: cannot be written ({error.strerror}); name a file in a folder that is "
             "there"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attnbench.cli.output import Format, FormatOption, ResultsOption, emit, note
+from attnbench.cli.output import Format, FormatOption, ResultsOption, emit, note, visible
 from attnbench.cli.sweeping import L2_HELP, TIMER_HELP
 from attnbench.errors import DeviceError, ExitCode, UsageError
 
@@ -96,6 +96,7 @@ def choose(
     """Say which backend to serve a model with, from stored times or from times measured here."""
     from attnbench.choose.advice import advise, parts_of
     from attnbench.choose.stored import Measured, read_rows
+    from attnbench.measure.options import MeasureOptions
     from attnbench.settings import load_settings
     from attnbench.store import ResultsFolder
     from attnbench.upgrade.models import cells_of_model
@@ -104,6 +105,10 @@ def choose(
         raise UsageError("--block-size and --tp are positive numbers; leave them out or mend them")
     if not 0.5 <= confidence < 1 or not 0 < budget_s < float("inf"):
         raise UsageError("--confidence is 0.5 to below 1, --budget-s above 0, e.g. 0.95 and 600")
+    if timer:
+        MeasureOptions(timer=timer)
+    if l2:
+        MeasureOptions(l2_states=(l2,))
     settings = load_settings()
     folder = ResultsFolder(results or settings.results)
     cells = cells_of_model(
@@ -203,7 +208,11 @@ def _device(rows: Sequence[dict[str, object]], text: str) -> tuple[Device, str]:
     if of_class is not None:
         named = str(of_class["compute_capability"] or of_class["device_kind"])
         return resolve_device(named), word
-    device = resolve_device(text)
+    try:
+        device = resolve_device(text)
+    except DeviceError as error:
+        stored = ", ".join(sorted({str(row["device_class"]) for row in rows})) or "none"
+        raise UsageError(f"{error}; classes with stored times: {stored}") from error
     capability = "cpu" if device.kind == "cpu" else str(device.capability or "")
     return device, device_class_of(rows, text, capability)
 
@@ -286,7 +295,7 @@ def _print(advice: Advice, format: Format) -> None:
                 emit(report.excluded_rows(advice), format)
             print()
             for line in report.sentences(advice):
-                print(f"- {line}" if format is Format.MARKDOWN else line)
+                print(visible(f"- {line}" if format is Format.MARKDOWN else line))
     if command is None:
         note("to measure what is missing: the same command with --measure, on that device")
     elif command:

@@ -51,7 +51,8 @@ def measure_race(
         def sample(
             arms: Sequence[str], number: int
         ) -> tuple[Mapping[str, float], Mapping[str, str]]:
-            plan = [point for point in everything if any(point in plans[arm] for arm in arms)]
+            mine = {point for arm in arms for point in plans[arm]}
+            plan = [point for point in everything if point in mine]
             now = replace(sweep.options, first_replicate=number)
             current = sweep.again(plan, now) if number else replace(sweep, plan=plan, options=now)
             current.measure(f"round {number + 1}")

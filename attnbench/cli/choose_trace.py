@@ -24,11 +24,12 @@ def shares_of_trace(
     Raises:
         UsageError: a trace or a model that cannot be scheduled, a device without published peaks.
     """
+    from attnbench.cli.model_layer import layer_of_cell
     from attnbench.measure.environment import class_of_name
     from attnbench.measure.peaks import PEAKS
     from attnbench.traffic.latency import DeviceRates
     from attnbench.traffic.reduced import TraceOptions, reduced_trace
-    from attnbench.upgrade.batches import BatchShare, workload_of
+    from attnbench.upgrade.batches import BatchShare
     from attnbench.workload import Workload
 
     peak = next((one for name, one in PEAKS.items() if class_of_name(name) == device_class), None)
@@ -38,10 +39,10 @@ def shares_of_trace(
             f"--trace: no published peaks of {device_class or 'this device'}, which would be the "
             f"schedule's clock; name a --device of {known}, or give --batch"
         )
-    layer = workload_of(cell, BatchShare(Workload.parse("q1"), 1.0))
+    one = layer_of_cell(cell, model)
     rates = DeviceRates(peak.memory_bytes_per_s, peak.matmul_flops_per_s)
     options = TraceOptions(representatives=representatives)
-    found = reduced_trace(trace, layer, cell.hf_config or model, tp, rates, options)
+    found = reduced_trace(trace, one.layer, one.sizes, tp, rates, options, one.num_layers)
     reduction = found.reduction
     note(
         f"{len(found.trace)} requests make {len(found.steps)} steps; {len(reduction)} batches "

@@ -26,6 +26,7 @@ class Rest(StrEnum):
 
     NONE = "none"
     ROOFLINE = "roofline"
+    MEASURED = "measured"
 
 
 def itl(
@@ -38,7 +39,7 @@ def itl(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="Model whose layers and sizes are known, e.g. llama-3-8b.")
+        str, typer.Option(help="Whose layers: a registered name (llama-3-8b) or a config.json.")
     ] = "llama-3-8b",
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     layer: Annotated[
@@ -50,7 +51,10 @@ def itl(
     ] = "NVIDIA H200",
     rest: Annotated[
         Rest,
-        typer.Option(help="The rest of a step: linear layers at the roofline, or none of it."),
+        typer.Option(
+            help="The rest of a step: linear layers at the roofline, measured steps of the model "
+            "less their attention, or none of it."
+        ),
     ] = Rest.ROOFLINE,
     trace_format: Annotated[str, typer.Option(help="Format of the trace; default: sniffed.")] = "",
     max_model_len: Annotated[
@@ -59,6 +63,14 @@ def itl(
     requests: Annotated[int, typer.Option(help="Only the first so many; 0: all.")] = 0,
     rate_scale: Annotated[float, typer.Option(help="So many times as many per second.")] = 1.0,
     representatives: Annotated[int, typer.Option(help="Batches to choose at most.")] = 512,
+    headroom: Annotated[
+        float,
+        typer.Option(help="Also larger batches, as the trace makes at so many times the rate."),
+    ] = 1.0,
+    load: Annotated[
+        list[float] | None,
+        typer.Option(help="In JSON also at so many times the rate, same times; repeat."),
+    ] = None,
     results: ResultsOption = None,
     timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
     l2: Annotated[str, typer.Option(help=L2_HELP)] = "",
@@ -67,16 +79,22 @@ def itl(
     """Say what inter-token latency and throughput each backend gives a trace, by stored times."""
     from attnbench.choose.itl import answer
     from attnbench.choose.itl_report import measure_command
+    from attnbench.choose.itl_rest import measured_rest, step_command
     from attnbench.choose.stored import Measured, read_rows
+    from attnbench.cli.model_layer import model_layer
     from attnbench.measure.environment import class_of_name
     from attnbench.measure.options import MeasureOptions
     from attnbench.measure.peaks import PEAKS
     from attnbench.settings import load_settings
     from attnbench.store import ResultsFolder
+    from attnbench.store.record import Metric
     from attnbench.traffic.latency import DeviceRates
-    from attnbench.traffic.reduced import TraceOptions, layer_workload, reduced_trace
+    from attnbench.traffic.model_sizes import model_sizes
+    from attnbench.traffic.reduced import TraceOptions, reduced_trace
     from attnbench.workload.closest import did_you_mean
 
+    if load and format is not Format.JSON:
+        raise UsageError("--load is told in JSON only, for the pages; add --format json")
     if timer:
         MeasureOptions(timer=timer)
     if l2:
@@ -86,22 +104,40 @@ def itl(
     if name is None:
         raise UsageError(f"no published peaks of {device!r}; {did_you_mean(device, tuple(PEAKS))}")
     rates = DeviceRates(PEAKS[name].memory_bytes_per_s, PEAKS[name].matmul_flops_per_s)
-    options = TraceOptions(trace_format, max_model_len, requests, rate_scale, representatives)
+    options = TraceOptions(
+        trace_format, max_model_len, requests, rate_scale, representatives, headroom
+    )
     folder = ResultsFolder(results or load_settings().results)
     rows = read_rows(folder, timer, l2)
-    one = layer_workload(model, tp, layer)
-    reduced = reduced_trace(trace, one, model, tp, rates, options)
+    one = model_layer(model, tp, layer)
+    reduced = reduced_trace(trace, one.layer, one.sizes, tp, rates, options, one.num_layers)
     measured = Measured(rows, device_class, reduced.reduction.workloads, folder.published_runs())
-    found = answer(reduced, measured, backend or [], with_rest=rest is Rest.ROOFLINE)
+    loads = sorted({1.0, *load}) if load else []
+    run_words = (f" --timer {timer}" if timer else "") + (f" --l2 {l2}" if l2 else "")
+    steps = None
+    if rest is Rest.MEASURED:
+        steps = measured_rest(
+            read_rows(folder, timer, l2, Metric.STEP),
+            rows,
+            one.layer,
+            model_sizes(one.sizes, tp),
+            measured,
+            folder.published_runs(),
+            step_command(model, tp, one.layer, (backend or [""])[0], run_words),
+        )
+    with_rest = rest is Rest.ROOFLINE
+    found = answer(reduced, measured, backend or [], with_rest=with_rest, steps=steps, loads=loads)
     suite = re.sub(r"[^a-z0-9]+", "-", trace.stem.lower()).strip("-") or "trace"
     command = measure_command(
         found,
         suite,
         _write_suite(trace, suite, model, tp, layer, name, options),
-        (f" --timer {timer}" if timer else "") + (f" --l2 {l2}" if l2 else ""),
+        run_words,
     )
-    _print(found, command, format)
-    _tell(found, reduced, measured, command)
+    _print(
+        found, command, format, _asked(trace, model, tp, layer, name, options, reduced, measured)
+    )
+    _tell(found, reduced, measured, command, headroom)
     if backend and found.unanswered:
         raise typer.Exit(ExitCode.UNDECIDED)
 
@@ -129,18 +165,53 @@ def _write_suite(
     return " ".join(quote(word) for word in [*words, "--out", f"suites/{suite}.py"])
 
 
-def _print(found: UserAnswer, command: str, format: Format) -> None:
+def _print(found: UserAnswer, command: str, format: Format, asked: dict[str, object]) -> None:
     from attnbench.choose.itl_report import number_rows, text_rows, to_json
 
     if format is Format.JSON:
-        print(json.dumps(to_json(found, command), indent=2, allow_nan=False))
+        print(json.dumps(to_json(found, command, asked), indent=2, allow_nan=False))
     elif format is Format.CSV:
         emit(number_rows(found), format)
     else:
         emit(text_rows(found), format)
 
 
-def _tell(found: UserAnswer, reduced: ReducedTrace, measured: Measured, command: str) -> None:
+def _asked(
+    trace: Path,
+    model: str,
+    tp: int,
+    layer: str,
+    device: str,
+    options: TraceOptions,
+    reduced: ReducedTrace,
+    measured: Measured,
+) -> dict[str, object]:
+    """What was asked, and of which stored times."""
+    how = measured.how
+    return {
+        "trace": trace.name,
+        "requests": len(reduced.trace),
+        "rate_scale": options.rate_scale,
+        "model": model,
+        "tensor_parallel_size": tp,
+        "layer": layer,
+        "device": device,
+        "times": how and how.text,
+        "timer": how and how.timer,
+        "driver_version": how and how.driver_version,
+        "versions": list(measured.versions),
+        "published": measured.is_published,
+    }
+
+
+def _more(headroom: float) -> str:
+    """The next headroom to ask for."""
+    return f"{2 * max(headroom, 1.0):g}"
+
+
+def _tell(
+    found: UserAnswer, reduced: ReducedTrace, measured: Measured, command: str, headroom: float
+) -> None:
     loaded = reduced.trace
     note(
         f"{len(loaded)} requests ({loaded.num_rejected} too long, {loaded.num_empty} empty), "
@@ -157,7 +228,7 @@ def _tell(found: UserAnswer, reduced: ReducedTrace, measured: Measured, command:
         if one.beyond > 0.01:
             note(
                 f"{one.name}: {100 * one.beyond:.0f} % of its time is in steps larger than every "
-                "batch measured; extrapolated"
+                f"batch measured; extrapolated: measure larger ones, --headroom {_more(headroom)}"
             )
     for lacking in found.unanswered:
         note(f"{lacking.request}: {lacking.reason}")

@@ -45,7 +45,12 @@ ResultsOption = Annotated[
 
 def note(message: str) -> None:
     """A line for the person at the terminal; never mixed into results."""
-    print(message, file=sys.stderr)
+    print(visible(message), file=sys.stderr)
+
+
+def visible(text: str) -> str:
+    """Control characters written out: names in a results folder may be commands to a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def emit(rows: Iterable[Mapping[str, Any]], format: Format, columns: Sequence[str] = ()) -> None:
@@ -63,7 +68,11 @@ def emit(rows: Iterable[Mapping[str, Any]], format: Format, columns: Sequence[st
         print("| " + " | ".join(names) + " |")
         print("|" + "---|" * len(names))
         for row in listed:
-            print("| " + " | ".join(_cell(row.get(n)).replace("|", "\\|") for n in names) + " |")
+            print(
+                "| "
+                + " | ".join(visible(_cell(row.get(n))).replace("|", "\\|") for n in names)
+                + " |"
+            )
     else:
         _emit_table(listed, names)
 
@@ -77,7 +86,7 @@ def _emit_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None
     for name in names:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(_cell(row.get(n))) for n in names))
+        table.add_row(*(escape(visible(_cell(row.get(n)))) for n in names))
     # A pipe has no width: let every column be as wide as it needs.
     Console(width=None if sys.stdout.isatty() else 400, soft_wrap=False).print(table)
 

@@ -23,7 +23,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 def traffic(
     trace: Annotated[Path, typer.Argument(help="File of requests, gzipped or not.")],
     model: Annotated[
-        str, typer.Option(help="Model whose layers and sizes are known, e.g. llama-3-8b.")
+        str, typer.Option(help="Whose layers: a registered name (llama-3-8b) or a config.json.")
     ] = "llama-3-8b",
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     layer: Annotated[
@@ -39,17 +39,22 @@ def traffic(
     requests: Annotated[int, typer.Option(help="Only the first so many; 0: all.")] = 0,
     rate_scale: Annotated[float, typer.Option(help="So many times as many per second.")] = 1.0,
     representatives: Annotated[int, typer.Option(help="Batches to choose at most.")] = 512,
+    headroom: Annotated[
+        float,
+        typer.Option(help="Also larger batches, as the trace makes at so many times the rate."),
+    ] = 1.0,
     out: Annotated[
         Path | None, typer.Option(help="Write a suite file, e.g. suites/code.py, for `run`.")
     ] = None,
     format: FormatOption = Format.TABLE,
 ) -> None:
     """Schedule a trace as vLLM would, and choose the batches that stand for all of its steps."""
+    from attnbench.cli.model_layer import model_layer
     from attnbench.measure.peaks import PEAKS, peak_of
     from attnbench.traffic.latency import DeviceRates
     from attnbench.traffic.latency_measured import MeasuredLatency
     from attnbench.traffic.reduce import window_error
-    from attnbench.traffic.reduced import TraceOptions, layer_workload, reduced_trace
+    from attnbench.traffic.reduced import TraceOptions, reduced_trace
     from attnbench.workload.closest import did_you_mean
 
     peak = peak_of(device)
@@ -57,10 +62,12 @@ def traffic(
         raise UsageError(f"no published peaks of {device!r}; {did_you_mean(device, tuple(PEAKS))}")
     if out is not None and (out.suffix != ".py" or not _NAME.fullmatch(out.stem)):
         raise UsageError(f"--out {out}: name a .py file of small letters and dashes, e.g. code.py")
-    one = layer_workload(model, tp, layer)
+    one = model_layer(model, tp, layer)
     rates = DeviceRates(peak.memory_bytes_per_s, peak.matmul_flops_per_s)
-    options = TraceOptions(trace_format, max_model_len, requests, rate_scale, representatives)
-    reduced = reduced_trace(trace, one, model, tp, rates, options)
+    options = TraceOptions(
+        trace_format, max_model_len, requests, rate_scale, representatives, headroom
+    )
+    reduced = reduced_trace(trace, one.layer, one.sizes, tp, rates, options, one.num_layers)
     loaded, steps, reduction = reduced.trace, reduced.steps, reduced.reduction
     attention, window = reduced.attention, reduced.reduction.held_back
     note(

@@ -118,13 +118,13 @@ def load_choices(path: Path, here: Here, now: datetime | None = None) -> SavedCh
         table = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {_AGAIN} FILE") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SchemaError(f"{path}: not valid JSON ({error}); {_AGAIN} {path}") from error
     if not isinstance(table, dict) or table.get("schema") != SCHEMA:
         raise SchemaError(f"{path}: no table of choices; {_AGAIN} FILE")
     if table.get("version") != VERSION:
         raise SchemaError(
-            f"{path}: version {table.get('version')!r}, and this attnbench reads {VERSION}; "
+            f"{path}: version {_shown(table.get('version'))}, and this attnbench reads {VERSION}; "
             f"update attnbench, or {_AGAIN} {path}"
         )
     try:
@@ -146,7 +146,7 @@ def load_choices(path: Path, here: Here, now: datetime | None = None) -> SavedCh
         )
     except UnknownBackendError as error:
         raise SchemaError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SchemaError(
             f"{path}: incomplete or of wrong kinds ({type(error).__name__}: {error}); "
             f"{_AGAIN} {path}"
@@ -168,17 +168,28 @@ def use_choices(saved: SavedChoices | None) -> None:
 def _check_scope(path: Path, scope: Mapping[str, Any], here: Here, now: datetime) -> None:
     wrong = []
     if scope["device_class"] != here.device_class:
-        wrong.append(f"it is for device class {scope['device_class']}, not {here.device_class}")
+        named = _shown(scope["device_class"])
+        wrong.append(f"it is for device class {named}, not {here.device_class}")
     if scope["driver_version"] != here.driver_version:
         told = here.driver_version or "none"
-        wrong.append(f"it is for driver {scope['driver_version'] or 'none'}, not {told}")
+        wrong.append(f"it is for driver {_shown(scope['driver_version'] or 'none')}, not {told}")
     installed = dict(one.split("==", 1) for one in here.versions)
+    if not isinstance(scope["versions"], list):
+        raise TypeError("scope.versions is no list")
     for one in scope["versions"]:
         name, _, version = str(one).partition("==")
         if installed.get(name) != version:
-            wrong.append(f"it is for {one}, and here is {installed.get(name, 'none')}")
+            wrong.append(f"it is for {_shown(one)}, and here is {installed.get(name, 'none')}")
     expires = datetime.fromisoformat(scope["expires_at"])
     if now >= expires:
         wrong.append(f"it expired on {expires:%Y-%m-%d}")
     if wrong:
         raise DataError(f"{path} does not hold here: {'; '.join(wrong)}; {_AGAIN} {path}")
+
+
+def _shown(value: object) -> str:
+    """As it may stand in a message: a table is somebody's file, and a terminal takes commands."""
+    text = str(value)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:80]) + "…" * (
+        len(text) > 80
+    )

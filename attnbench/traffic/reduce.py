@@ -15,7 +15,7 @@ Nothing is random. A window that is held back chooses no representative.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,8 @@ TAIL_REPRESENTATIVES = 0.25
 #: A context is rounded to a multiple of the power of two that is between 1/32 and 1/16 of it.
 CONTEXT_BITS = 5
 MIN_WINDOW_STEPS = 500
+#: Larger batches that are added, against the representatives there are at most.
+LARGER_SHARE = 0.25
 #: Steps weigh less than they cost when cells are cut: a p99 may lie among the cheaper ones.
 WORTH_POWER = 0.25
 #: FLOPs that take as long as a byte, on a large accelerator: only for what a step weighs.
@@ -54,7 +56,8 @@ class Reduction:
     Attributes:
         workloads: (num_representatives,) what to measure, each text once.
         features: (num_representatives, 11) of those batches, as `reduce_features.NAMES`.
-        weights: (num_representatives,) steps each stands for; adds up to the schedule's.
+        weights: (num_representatives,) steps each stands for; adds up to the schedule's. 0 for
+            batches that only another schedule has (`with_larger`).
         num_nearest: (num_representatives,) steps nearest to each.
         totals_error: the largest relative error of a feature's weighted total.
         held_back: steps of the schedule that chose nothing.
@@ -128,6 +131,43 @@ def reduce_steps(
         num_nearest=counts,
         totals_error=float(off.max(initial=0.0)),
         held_back=held,
+    )
+
+
+def with_larger(
+    reduction: Reduction, denser: StepBatches, layer: Workload, num_representatives: int
+) -> Reduction:
+    """The same with representatives of what is larger in some feature than all it has.
+
+    They weigh nothing: they are measured so that a slower backend's own schedule, which has such
+    batches, need not be extrapolated. The largest batch of each feature is among them.
+
+    Args:
+        denser: a schedule of the same trace that piles up more, e.g. at a higher rate.
+        num_representatives: as `reduce_steps` was given; at most `LARGER_SHARE` of it, and one for
+            each feature, are added.
+    """
+    costs = LayerCosts(layer)
+    batches = batches_of(denser)
+    features = features_of(batches, costs)
+    larger = np.flatnonzero((features > reduction.features.max(axis=0)).any(axis=1))
+    if not len(larger):
+        return reduction
+    worth = step_worth(batches, costs)
+    has_long = features[:, NAMES.index("long_reqs")] > 0
+    count = max(int(num_representatives * LARGER_SHARE), 1)
+    chosen = _medoids(coordinates(features), worth**WORTH_POWER, has_long, larger, count)
+    chosen += larger[features[larger].argmax(axis=0)].tolist()
+    known = set(reduction.workloads)
+    found = dict.fromkeys(batch_workload(denser, step, layer) for step in sorted(set(chosen)))
+    new = tuple(workload for workload in found if workload not in known)
+    none = np.zeros(len(new))
+    return replace(
+        reduction,
+        workloads=(*reduction.workloads, *new),
+        features=np.concatenate((reduction.features, features_of_workloads(new))),
+        weights=np.concatenate((reduction.weights, none)),
+        num_nearest=np.concatenate((reduction.num_nearest, none.astype(np.int64))),
     )
 
 

@@ -16,7 +16,12 @@ from attnbench.errors import UsageError
 from attnbench.traffic.latency import AttentionRoofline, DeviceRates, LinearRoofline, SumOfParts
 from attnbench.traffic.latency_linear import linear_sizes
 from attnbench.traffic.latency_measured import MIN_BATCHES
-from attnbench.traffic.reduce import Reduction, reduce_steps, window_to_hold_back
+from attnbench.traffic.reduce import (
+    Reduction,
+    reduce_steps,
+    window_to_hold_back,
+    with_larger,
+)
 from attnbench.traffic.schedule import schedule
 from attnbench.traffic.schedule_settings import SchedulerSettings
 from attnbench.traffic.trace import first_requests, load_trace, scale_rate
@@ -26,13 +31,19 @@ from attnbench.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class TraceOptions:
-    """How a trace is read and reduced. `max_model_len`, `requests` 0: no limit."""
+    """How a trace is read and reduced. `max_model_len`, `requests` 0: no limit.
+
+    `headroom`: above 1, the trace is also scheduled at so many times its rate, and batches that are
+    larger than all others are added; 1: none. A backend that is slower than the roofline piles up
+    such batches at the trace's own rate.
+    """
 
     trace_format: str = ""
     max_model_len: int = 0
     requests: int = 0
     rate_scale: float = 1.0
     representatives: int = 512
+    headroom: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,16 +64,6 @@ class ReducedTrace:
     reduction: Reduction
 
 
-def layer_workload(model: str, tensor_parallel_size: int, words: str = "") -> Workload:
-    """A named model's attention layer, e.g. with words `kv=fp8_e4m3 block=64`.
-
-    Raises:
-        WorkloadError: an unknown model, or words that are no workload's.
-    """
-    ranks = f"tp={tensor_parallel_size}" if tensor_parallel_size != 1 else ""
-    return Workload.parse(" ".join(f"q1 shape={model} {ranks} {words}".split()))
-
-
 def reduced_trace(
     path: Path,
     layer: Workload,
@@ -70,23 +71,31 @@ def reduced_trace(
     tensor_parallel_size: int,
     rates: DeviceRates,
     options: TraceOptions,
+    num_layers: int | None = None,
 ) -> ReducedTrace:
     """Read, schedule and reduce a trace.
 
     Args:
         model: whose linear layers are around `layer`: as `linear_sizes` takes it.
+        num_layers: of the model that are as `layer`; None: as many as its shape says.
 
     Raises:
         UsageError: a trace that cannot be read, or has too few or too equal steps; a model without
-            known sizes.
+            known sizes; a headroom below 1.
     """
-    attention = AttentionRoofline(layer, rates)
+    if not 1.0 <= options.headroom < float("inf"):
+        raise UsageError(
+            f"--headroom {options.headroom}: batches at so many times the rate; give 1 for none, "
+            "or more, e.g. 2"
+        )
+    attention = AttentionRoofline(layer, rates, num_layers)
     linear = LinearRoofline(linear_sizes(model, tensor_parallel_size), rates)
     trace = load_trace(path, options.trace_format or None, options.max_model_len or None)
     trace = first_requests(trace, options.requests or len(trace))
     trace = scale_rate(trace, options.rate_scale)
     clock = SumOfParts([attention, linear])
-    steps = schedule(trace, SchedulerSettings(block_size=layer.block_size), clock)
+    settings = SchedulerSettings(block_size=layer.block_size)
+    steps = schedule(trace, settings, clock)
     window = window_to_hold_back(steps)
     reduction = reduce_steps(steps, layer, options.representatives, window)
     if len(reduction) < MIN_BATCHES:
@@ -95,4 +104,7 @@ def reduced_trace(
             f"different batches, and a latency model takes {MIN_BATCHES}; allow more of them, or "
             "give a longer trace"
         )
+    if options.headroom > 1.0:
+        denser = schedule(scale_rate(trace, options.headroom), settings, clock)
+        reduction = with_larger(reduction, denser, layer, options.representatives)
     return ReducedTrace(trace, layer, attention, linear, steps, reduction)

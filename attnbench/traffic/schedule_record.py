@@ -6,9 +6,13 @@ from array import array
 
 import numpy as np
 
+from attnbench.errors import UsageError
 from attnbench.traffic.types import Floats, Ints, StepBatches
 
 _CHUNK = 1 << 20
+MAX_STEPS = 30_000_000
+MAX_ENTRIES = 300_000_000
+"""More of either is 10 GiB and more, before anything is made of them."""
 
 
 class StepRecorder:
@@ -18,6 +22,7 @@ class StepRecorder:
         self._chunks: list[np.ndarray[tuple[int, ...], np.dtype[np.int32]]] = []
         self._chunk = np.empty((4, _CHUNK), dtype=np.int32)
         self._filled = 0
+        self._num_entries = 0
         self._counts = array("q")
         self._starts = array("d")
         self._seconds = array("d")
@@ -97,6 +102,13 @@ class StepRecorder:
         )
 
     def _room(self, count: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
+        self._num_entries += count
+        if self.num_steps > MAX_STEPS or self._num_entries > MAX_ENTRIES:
+            raise UsageError(
+                f"the trace makes more than {MAX_STEPS:,} steps, or {MAX_ENTRIES:,} entries in "
+                "them, too many to keep: take fewer requests (--requests), or leave out the "
+                "longest (--max-model-len)"
+            )
         if self._filled + count > self._chunk.shape[1]:
             self._chunks.append(self._chunk[:, : self._filled].copy())
             if count > self._chunk.shape[1]:

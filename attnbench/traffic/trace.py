@@ -7,6 +7,7 @@ trace = scale_rate(window(trace, 0.0, 600.0), 2.0)
 from __future__ import annotations
 
 import math
+import stat
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,13 @@ import numpy as np
 from attnbench.errors import UsageError
 from attnbench.traffic.trace_csv import CSV_FORMATS, read_csv, sniff_csv
 from attnbench.traffic.trace_json import read_mooncake, read_sharegpt, sniff_json
-from attnbench.traffic.trace_rows import Columns, finish, rows_of
+from attnbench.traffic.trace_rows import MAX_SECONDS, Columns, finish, rows_of
 from attnbench.traffic.types import Ints, Trace
 
 TRACE_FORMATS = (*(form.name for form in CSV_FORMATS), "mooncake", "sharegpt")
 """Names that `load_trace` and `--trace-format` take."""
 
-MAX_BYTES = 8 << 30
+MAX_BYTES = 2 << 30
 """Of a file once unpacked: a small file can unpack to more than any memory."""
 
 _PACKED = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
@@ -99,6 +100,11 @@ def scale_rate(trace: Trace, factor: float) -> Trace:
     """
     if not (math.isfinite(factor) and factor > 0):
         raise UsageError(f"the rate scale is {factor}: give a number above 0, such as 2 or 0.5")
+    if float(trace.arrival_s[-1]) > MAX_SECONDS * factor:
+        raise UsageError(
+            f"the rate scale is {factor}, which spreads {trace.name} over centuries: give a larger "
+            "one, such as 0.5"
+        )
     return replace(trace, arrival_s=trace.arrival_s / factor)
 
 
@@ -168,7 +174,11 @@ def _sniff(data: bytes, name: str) -> str:
 def _contents(path: Path) -> bytes:
     """The file's bytes, unpacked, without a byte order mark."""
     try:
-        if path.stat().st_size > MAX_BYTES:
+        found = path.stat()
+        if stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode):
+            # /dev/zero never ends.
+            raise UsageError(f"{str(path)!a} is a device: give a trace file")
+        if found.st_size > MAX_BYTES:
             raise _too_large(path)
         data = path.read_bytes()
     except (OSError, ValueError) as error:

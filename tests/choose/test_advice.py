@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
+from attnbench.backends.device import Device
 from attnbench.choose.advice import Advice
 from attnbench.choose.rank import Outcome, Standing
 from attnbench.choose.report import measure_command, sentences, to_json
-from attnbench.choose.stored import device_class_of
-from attnbench.choose.valid import Default
+from attnbench.choose.stored import Choice, Measured, device_class_of
+from attnbench.choose.valid import Default, refusal
 from attnbench.errors import ExitCode, UsageError
-from tests.choose.fake import FA3, FLASHINFER, FLEX, TRITON, chosen, ended, timed
+from attnbench.workload import Workload
+from tests.choose.fake import FA3, FLASHINFER, FLEX, H200, TRITON, chosen, ended, timed
 from tests.history.fake import START
 
 LAYERS = 32  # of llama-3-8b
@@ -319,3 +321,47 @@ def test_crossovers_are_in_the_advice(tmp_path: Path) -> None:
     )  # fmt: skip
     assert found.at == pytest.approx(16)
     assert found.fixed == {"query": 1, "context": 4095}
+
+
+def test_a_default_that_cannot_be_told_from_the_winner_is_no_tie() -> None:
+    advice = chosen(timed(FLASHINFER, 1e-4), timed(FA3, [1.5e-4]))
+    assert advice.regret.ratio is not None
+    assert not advice.regret.is_tied
+
+
+def test_a_link_goes_by_ties_and_not_by_what_is_open() -> None:
+    wide = [0.5e-4, 1.05e-4, 2e-4]
+    lines = chosen(timed(FA3, 1e-4), timed(FLASHINFER, wide), timed(TRITON, 1.5e-4)).whole.lines
+    assert {line.name: line.standing for line in lines} == {
+        "FLASH_ATTN:FA3": Standing.WINNER,
+        "FLASHINFER:FA3": Standing.OPEN,
+        "TRITON_ATTN": Standing.SLOWER,
+    }
+
+
+def test_adapters_and_kernels_of_another_device_are_not_chosen_from() -> None:
+    advice = chosen(timed(FA3, 2e-4), timed(("VLLM:FLASH_ATTN", ""), 1e-4),
+                    timed(("FLASHINFER", "TRTLLM_GEN"), 1e-4))  # fmt: skip
+    assert names(advice) == ["FLASH_ATTN:FA3"]
+    assert set(reasons(advice)) == {"FLASHINFER:TRTLLM_GEN"}
+    assert not any("VLLM" in name for name in advice.by_name)
+
+
+def test_a_named_block_size_is_the_only_one_looked_at() -> None:
+    rows = [
+        {name: getattr(one, name) for name in one.__slots__}
+        for one in timed(FA3, 2e-4) + timed(FLASHINFER, 1e-4, "32q1s4k block=32")
+    ]
+    asked = Workload.parse("32q1s4k")
+    sizes = {
+        block: {
+            one.block_size for one in Measured(rows, H200, [asked], (), block).point(asked).timed
+        }
+        for block in (0, 16, 32)
+    }
+    assert sizes == {0: {16, 32}, 16: {16}, 32: {32}}
+
+
+def test_the_interpreter_is_no_backend_of_a_cpu() -> None:
+    layer = Workload.parse("8q1s1k dtype=fp32")
+    assert "interpreter" in refusal(Choice("TRITON_ATTN"), layer, Device("cpu"))

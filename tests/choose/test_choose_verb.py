@@ -110,7 +110,9 @@ def test_nothing_stored_is_exit_3_with_the_command(
     [
         (["--model", "llama-3-8b"], "give --batch, --suite or --trace"),
         (["--model", "llama-3-9b", "--batch", "8q1s1k"], "unknown model"),
-        ([*BATCH, "--device", "h9000"], "unknown device"),
+        ([*BATCH, "--device", "h9000"], "classes with stored times: none"),
+        ([*BATCH, "--device", "sm90", "--timer", "clock"], "clock"),
+        ([*BATCH, "--device", "sm90", "--l2", "warm"], "warm"),
         ([*BATCH, "--confidence", "1.5"], "--confidence"),
         ([*BATCH, "--budget-s", "nan"], "--budget-s"),
         ([*BATCH, "--tp", "0"], "--tp"),
@@ -234,3 +236,23 @@ def test_measured_here_with_made_up_times(
     assert code == 0, printed.err
     assert "with a probability of at least 95%" in printed.err
     assert "made-up times" in printed.out
+
+
+def test_the_block_nearest_to_the_engines_is_its_default() -> None:
+    default = probed_default("vLLM 0.30.0", answer("FLASH_ATTN", flash_attn_version=2),
+                             {"32q1s4k": Workload.parse("32q1s4k")}, "9.0")  # fmt: skip
+    stored = [Choice("FLASH_ATTN", "FA2", 32), Choice("FLASH_ATTN", "FA2", 64)]
+    assert matching(default, "32q1s4k", stored, 64) == Choice("FLASH_ATTN", "FA2", 64)
+
+
+@pytest.mark.parametrize("format", ["table", "markdown"])
+def test_stored_names_are_no_commands_to_the_terminal(
+    tmp_path: Path, format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = ("\x1b[31mEVIL\x9b", "")
+    folder = fill(tmp_path / "results", timed(evil, 1e-4), timed(FA3, 2e-4),
+                  timed(TRITON, 1e-4, stack=("torch==2.12.0\x1b]0;x",)))  # fmt: skip
+    call(*BATCH, "--device", "nvidia-h200", "--results", str(folder), "--format", format)
+    printed = capsys.readouterr()
+    assert r"\x1b[31mEVIL\x9b" in printed.out
+    assert not {"\x1b", "\x9b"} & set(printed.out + printed.err)

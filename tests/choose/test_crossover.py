@@ -65,3 +65,12 @@ def test_who_is_excluded_wins_nowhere() -> None:
     wrong = ended(FLASHINFER, "INCORRECT", "4q1s4k") + timed(FLASHINFER, 1e-5, "8q1s4k")
     advice = chosen(rows, wrong, batches=("4q1s4k",))
     assert advice.crossovers["full_attention"] == ()
+
+
+def test_one_backend_alone_wins_nothing() -> None:
+    rows = timed(FA3, 1e-4, "4q1s4k") + timed(FLASHINFER, 1e-4, "8q1s4k")
+    assert chosen(rows, batches=("4q1s4k",)).crossovers["full_attention"] == ()
+
+
+def test_a_shared_prefix_is_another_line() -> None:
+    assert found({"4q1s4k": (100, 150), "8q1s4k prefix=1k": (400, 300)}) == []

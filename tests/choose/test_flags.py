@@ -92,3 +92,10 @@ def test_the_kinds_are_vllms(features: str, kind: str) -> None:
 def test_phases_that_differ() -> None:
     assert by_phase("0.30.0", {"decode": "A", "prefill": "A"}) == ""
     assert "separate prefill and decode" in by_phase("0.30.0", {"decode": "A", "prefill": "B"})
+
+
+def test_two_variants_of_one_backend_need_no_flag_per_kind() -> None:
+    both = {FULL: Choice("FLASH_ATTN", "FA3"), "sliding_window": Choice("FLASH_ATTN", "FA2")}
+    told = realise(both, "0.22.1")
+    assert told.words[:2] == ("--attention-backend", "FLASH_ATTN")
+    assert "flash_attn_version is one for all kinds" in told.why

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -71,6 +73,7 @@ def test_the_selector_takes_the_winner_then_the_others_then_the_chain(path: Path
         ("8q1s1k kv=fp8_e4m3", "sm90"),
         ("8q1s1k window=1024", "sm90"),
         ("8q1s1k block=32", "sm90"),
+        ("8q1s1k layout=HND", "sm90"),
     ],
 )
 def test_another_layer_or_capability_has_its_own_chain(path: Path, text: str, device: str) -> None:
@@ -148,3 +151,64 @@ def test_a_server_has_one_block_size(tmp_path: Path) -> None:
     (layer,) = to_table(advice, "llama-3-8b", SHARES)["layers"]
     assert layer["block_size"] == 32
     assert layer["priorities"] == ["FLASHINFER:FA3", "FLASH_ATTN:FA3"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    """Moved over /dev/full by root, a table would take the device's place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    decided = chosen(timed(FA3, 1e-4), timed(FLASHINFER, 2e-4))
+    with pytest.raises(UsageError, match="no regular file"):
+        save(decided, "llama-3-8b", SHARES, pipe)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_full_disk_leaves_the_table_that_was_there(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = path.read_text(encoding="utf-8")
+    write = Path.write_text
+
+    def half(self: Path, text: str, **more: Any) -> int:
+        write(self, text[: len(text) // 2], **more)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(UsageError, match="No space left"):
+        save(chosen(timed(FA3, 1e-4), timed(FLASHINFER, 2e-4)), "llama-3-8b", SHARES, path)
+    assert path.read_text(encoding="utf-8") == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_backend_is_saved_once_with_its_fastest_kernels() -> None:
+    fa2 = timed(("FLASH_ATTN", "FA2"), 2e-4)
+    advice = chosen(timed(FA3, 1e-4), fa2, timed(FLASHINFER, 3e-4))
+    (layer,) = to_table(advice, "llama-3-8b", SHARES)["layers"]
+    assert layer["priorities"] == ["FLASH_ATTN:FA3", "FLASHINFER:FA3"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"block_size": 16', '"block_size": 1e999', "wrong kinds"),
+        ('"nvidia-h200"', '"\\u001b[31mevil"', r"x1b\[31mevil"),
+    ],
+)
+def test_no_content_is_a_bug_or_reaches_the_terminal(
+    path: Path, old: str, new: str, said: str
+) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises((SchemaError, DataError), match=said) as error:
+        load_choices(path, HERE, SOON)
+    assert str(error.value).isprintable()
+
+
+def test_a_table_nested_too_deeply_and_versions_that_are_no_list(path: Path) -> None:
+    with pytest.raises(SchemaError, match="no list"):
+        load_choices(change(path, versions="torch"), HERE, SOON)
+    path.write_text("[" * 200_000, encoding="utf-8")
+    with pytest.raises(SchemaError, match="not valid JSON"):
+        load_choices(path, HERE, SOON)

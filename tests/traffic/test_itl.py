@@ -183,3 +183,28 @@ def test_millions_of_entries_take_seconds() -> None:
     assert time.process_time() - begun < 20
     np.testing.assert_allclose(found.itl_s, 0.01)
     assert len(found.itl_s) == num - batch
+
+
+def test_each_error_is_in_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One error at a time, with a width known by hand."""
+    trace, steps = real_trace("azure", 800), real_steps("azure", 800)
+    reduction = reduce_steps(steps, LAYER, 64)
+    exact = rugged_seconds(batches_of_workloads(reduction.workloads))
+    model = MeasuredLatency(reduction.workloads, exact)
+
+    def width(samples: list[np.ndarray], left_out: np.ndarray) -> float:
+        monkeypatch.setattr(MeasuredLatency, "left_out_errors", lambda _: left_out)
+        found = intervals(trace, steps, model, samples)["attention_s"]
+        return (found.high - found.low) / found.value
+
+    one, none = [t[None] for t in exact], np.zeros(len(exact))
+    assert width(one, none) < 1e-9
+    # Samples of all batches 10 % up or down: only drawing them again shows it.
+    noisy = [t * np.array([0.9, 1.0, 1.1]) for t in exact]
+    assert width(noisy, none) > 0.005
+    # All wrong by 10 %: together, a normal error of 10 % of the total, 0.39 between the limits.
+    together = width(one, np.full(len(exact), 0.1))
+    assert 0.28 < together < 0.55
+    # Half up, half down: no error in common, and what is left averages out in part.
+    apart = width(one, np.where(np.arange(len(exact)) % 2, 0.1, -0.1))
+    assert 0.01 < apart < 0.6 * together

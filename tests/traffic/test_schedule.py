@@ -300,3 +300,16 @@ def test_the_defaults_of_a_gpu_are_those_of_vllm() -> None:
     ):
         settings = SchedulerSettings.for_gpu(memory, name)
         assert (settings.max_num_batched_tokens, settings.max_num_seqs) == (tokens, seqs)
+
+
+@pytest.mark.parametrize(
+    ("limit", "requests"),
+    [("MAX_STEPS", [(0.0, 5, 2000)]), ("MAX_ENTRIES", [(0.0, 5, 20)] * 60)],
+)
+def test_a_schedule_that_fits_no_memory_is_refused_while_it_is_made(
+    limit: str, requests: list[tuple[float, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"attnbench.traffic.schedule_record.{limit}", 1000)
+    monkeypatch.setattr("attnbench.traffic.schedule._RUN_ENTRIES", 64)
+    with pytest.raises(UsageError, match=r"--requests\), or leave out"):
+        schedule(make_trace(requests), SchedulerSettings(), MODEL)

@@ -346,3 +346,19 @@ def test_real_traces_load_and_schedule(
         assert steps.query_len.sum() < inputs
     elif not steps.num_preempted.any():
         assert steps.query_len.sum() == inputs + outputs - num_requests
+
+
+def test_a_device_is_no_trace() -> None:
+    """/dev/zero would never end; here one that does."""
+    with pytest.raises(UsageError, match="is a device: give a trace file"):
+        load_trace("/dev/null")
+
+
+@pytest.mark.parametrize("factor", [1e-320, 1e-300, 1e-10])
+def test_a_rate_that_spreads_a_trace_over_centuries_is_refused(
+    tmp_path: Path, factor: float
+) -> None:
+    trace = load(tmp_path, PLAIN + "0,1,1\n20,1,1\n")
+    with pytest.raises(UsageError, match="over centuries: give a larger one"):
+        scale_rate(trace, factor)
+    assert scale_rate(trace, 1e-8).arrival_s[-1] == pytest.approx(2e9)
