@@ -2,8 +2,8 @@
 
     python benchmarks/verdict_rates.py [--trials N] [--seed N]
 
-Draws made-up histories from a normal distribution and judges the last run of each by the rule as
-it is (`attnbench.history.rule`). The same seed prints the same table.
+Draws made-up histories from a normal distribution and judges the last run of each, alone, by the
+rules as they are in `attnbench.history`. The same seed prints the same table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from attnbench.history.confirm import ROUNDS, second_look
+from attnbench.history.gate import MIN_LEVEL_RUNS, Screen, screen
+from attnbench.history.looks import looks_of
 from attnbench.history.rule import (
     TIMER_NOISE,
     Estimate,
@@ -23,6 +27,7 @@ from attnbench.history.rule import (
     Verdict,
     decide,
     estimate,
+    estimate_again,
 )
 
 REPLICATES = 3
@@ -31,7 +36,7 @@ REPLICATES = 3
 WALL_LINES = (("wall", 0.03), ("wall", 0.08))
 EVENT_LINES = (("event", 0.003), ("event", 0.01), ("event", 0.02))
 BLOCKS = ((WALL_LINES, (0.1, 0.3, 0.5)), (EVENT_LINES, (0.03, 0.05, 0.1)))
-BASELINE_RUNS = (1, 2, 3, 10)
+BASELINE_RUNS = (1, 2, 3, 10, 40)
 
 #: How far the replicates of one run spread.
 REPLICATE_SPREAD = {"wall": 0.05, "event": 0.005}
@@ -58,36 +63,85 @@ def rates(
     rng: np.random.Generator,
     odd_share: float = 0.0,
 ) -> Rates:
-    """Judge `trials` series whose last run is slower by `step`. The second look is of that run."""
+    """Judge `trials` series, each alone, whose last run is slower by `step`.
+
+    The second look is of that run: it has the run's own deviation, as it has where the build
+    before cannot be measured beside it.
+    """
     noise = TIMER_NOISE[timer]
-    shape = (trials, baseline_runs + 2, REPLICATES)
+    shape = (trials, baseline_runs + 1, REPLICATES)
     levels = rng.normal(0, run_spread, shape[:2])
-    levels[:, -2] += math.log1p(step)
-    levels[:, -1] = levels[:, -2]
-    odd = rng.random(shape) < odd_share
-    logs = levels[:, :, None] + rng.normal(0, REPLICATE_SPREAD[timer], shape)
+    levels[:, -1] += math.log1p(step)
+
+    def times(level: NDArray[np.float64], spread: float) -> NDArray[np.float64]:
+        odd = rng.random(level.shape) < odd_share
+        noisy = level + rng.normal(0, spread, level.shape)
+        return np.exp(noisy + odd * rng.exponential(ODD_SIZE, level.shape))
+
+    spread = REPLICATE_SPREAD[timer]
+    runs = times(np.repeat(levels[:, :, None], REPLICATES, axis=2), spread)
+    again = times(np.repeat(levels[:, -1:], ROUNDS, axis=1), spread)
+    judged = _judge_alone(runs, noise)
     found = Rates()
-    for times in np.exp(logs + odd * rng.exponential(ODD_SIZE, shape)):
-        *baseline, first, second = times.tolist()
-        _judge(estimate(baseline, first, noise), estimate(baseline, second, noise), noise, found)
+    for (first, verdict, reason), values, second in zip(judged, runs, again, strict=True):
+        _count(first, verdict, reason, values, second, noise, found)
     found.flagged /= trials
     found.confirmed /= trials
     found.undecided /= trials
     return found
 
 
-def _judge(first: Estimate, second: Estimate, noise: TimerNoise, found: Rates) -> None:
-    """Count one series as `attnbench.history.verdict` ends it."""
-    verdict, reason = decide(first, noise)
-    if verdict is Verdict.REGRESSION:
-        found.flagged += 1
-        if decide(second, noise)[0] is Verdict.REGRESSION:
-            found.confirmed += 1
-        else:
-            found.undecided += 1
-    elif reason is Reason.INTERVAL_TOO_WIDE:
-        suspicious = first.ratio > noise.limit
-        found.undecided += not suspicious or second.ratio > noise.limit
+def _judge_alone(
+    runs: NDArray[np.float64], noise: TimerNoise
+) -> list[tuple[Estimate, Verdict, Reason]]:
+    """The first look at [trials, runs, replicates], as `history.series_verdict` has it."""
+    few = [estimate(list(values[:-1]), list(values[-1]), noise) for values in runs]
+    if runs.shape[1] - 1 < MIN_LEVEL_RUNS:
+        return [(found, *decide(found, noise)) for found in few]
+    floor = np.array([noise.floor])
+    result = []
+    whole = screen(np.log(np.median(runs, axis=2)), np.full(len(runs), noise.spread))
+    for row in range(len(runs)):
+        (look,) = looks_of(
+            Screen(*(getattr(whole, name)[row : row + 1] for name in Screen.__dataclass_fields__)),
+            floor,
+        )
+        assert look is not None
+        verdict, reason = decide(look.estimate, noise)
+        if look.is_sure:
+            verdict, reason = Verdict.REGRESSION, Reason.SLOWER_THAN_FLOOR
+        elif verdict is Verdict.REGRESSION:
+            verdict, reason = Verdict.UNCHANGED, Reason.WITHIN_NOISE
+        result.append((look.estimate, verdict, reason))
+    return result
+
+
+def _count(
+    first: Estimate,
+    verdict: Verdict,
+    reason: Reason,
+    runs: NDArray[np.float64],
+    again: NDArray[np.float64],
+    noise: TimerNoise,
+    found: Rates,
+) -> None:
+    """Count one series as `attnbench.history.series_verdict` ends it."""
+    suspicious = reason is Reason.INTERVAL_TOO_WIDE and first.ratio > noise.limit
+    if verdict is not Verdict.REGRESSION and not suspicious:
+        found.undecided += reason is Reason.INTERVAL_TOO_WIDE
+        return
+    found.flagged += verdict is Verdict.REGRESSION
+    if len(runs) - 1 < MIN_LEVEL_RUNS:
+        second = estimate_again(list(runs[:-1]), list(again), noise)
+        is_slower = decide(second, noise)[0] is Verdict.REGRESSION
+        is_open = decide(second, noise)[0] is Verdict.UNDECIDED and second.ratio > noise.limit
+    else:
+        look = second_look(list(again), list(np.median(runs[:-1], axis=1)))
+        is_slower, is_open = look.is_slower(noise), look.is_open(noise)
+    if is_slower and verdict is Verdict.REGRESSION:
+        found.confirmed += 1
+    else:
+        found.undecided += is_slower or is_open
 
 
 def lines(trials: int, seed: int) -> list[str]:
@@ -130,7 +184,7 @@ def _line(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--trials", type=int, default=1000, help="series a step; six times for A/A")
+    parser.add_argument("--trials", type=int, default=300, help="series a step; six times for A/A")
     parser.add_argument("--seed", type=int, default=20261121)
     options = parser.parse_args()
     print("\n".join(lines(options.trials, options.seed)))

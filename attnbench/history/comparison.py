@@ -209,9 +209,9 @@ def _pair_up(
         if not others:
             only_a.append(series.title)
             continue
-        other = min(others, key=lambda o: len(differing_fields(series, o)))
+        other = min(others, key=lambda o: len(differing_fields(series.key, o.key)))
         paired.update(o.id for o in others)
-        names = differing_fields(series, other)
+        names = differing_fields(series.key, other.key)
         note = "; ".join(
             f"{name} ({getattr(series.key, name) or 'none'}, {getattr(other.key, name) or 'none'})"
             for name in names

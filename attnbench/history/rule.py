@@ -1,7 +1,7 @@
 """The arithmetic of the verdict rule: two groups of seconds in, an interval of their ratio out.
 
-docs/verdict.md states the rule in words and with its measured false-alarm rate and power. Another
-rule can take its place: the rest of the room only uses `estimate` and `decide`.
+docs/verdict.md states the rule in words and with its measured false-alarm rate and power. Series
+with more than two runs are looked at by `gate.py` and confirmed by `confirm.py`.
 """
 
 from __future__ import annotations
@@ -95,6 +95,13 @@ _PRIOR_RUNS = 4
 #: From this many baseline runs on, their own spread is the yardstick.
 _MIN_RUNS = 3
 
+#: Processes of one run that count in the interval of a series with fewer runs.
+_MOST_PROCESSES = 3
+
+#: A second look of such a series may err so many times less often than a first one: it is of the
+#: same run, and of whatever was odd about it.
+_SHARED_RUN = 20
+
 
 @dataclass(frozen=True, slots=True)
 class VerdictSettings:
@@ -105,12 +112,15 @@ class VerdictSettings:
         confidence: of the interval of the ratio, two-sided.
         metrics: which metrics are judged; the others are shown.
         floors: timer -> relative floor, in place of the documented one.
+        has_reference: the build before can be measured beside the new one, so that more may be
+            picked to be measured again.
     """
 
     window: int = 10
     confidence: float = 0.99
     metrics: tuple[str, ...] = ("attention",)
     floors: Mapping[str, float] = field(default_factory=dict)
+    has_reference: bool = False
 
     def noise(self, timer: str) -> TimerNoise:
         """What is assumed of `timer`; of an unknown one, the worst."""
@@ -140,24 +150,28 @@ def estimate(
     noise: TimerNoise,
     confidence: float = 0.99,
 ) -> Estimate:
-    """Ratio of `subject` to `baseline` with its interval.
+    """Ratio of `subject` to a `baseline` of fewer runs than make a level (`gate.MIN_LEVEL_RUNS`).
 
     `baseline` is one sequence per run and `subject` one run, of seconds per replicate, all > 0.
-    Three or more baseline runs: the subject is one more draw from their distribution. The spread of
-    the runs' log medians is the scaled median absolute deviation (a step in the middle of the
-    window does not widen it), moderated by the timer's assumed spread, which counts as four more
-    runs: s^2 = (4 s0^2 + (B-1) s_mad^2) / (4 + B-1) with 4 + B-1 degrees of freedom (Smyth, 2004,
-    "Linear models and empirical Bayes methods"). Half width: t s sqrt(1 + pi/(2B)), pi/2 being the
-    price of a median for a centre. Fewer runs: the replicates are compared, see `_few_runs`.
+    The replicates are compared, see `_few_runs`; more than `_MOST_PROCESSES` of one run say no more
+    about how runs differ.
     """
     own = [math.log(value) for value in subject]
-    runs = [[math.log(value) for value in run] for run in baseline]
-    if len(runs) >= _MIN_RUNS:
-        medians = [statistics.median(run) for run in runs]
-        shift = statistics.median(own) - statistics.median(medians)
-        half = _prediction_half_width(medians, noise, confidence)
-        return _estimate(shift, half)
-    return _few_runs([value for run in runs for value in run], own, noise, confidence)
+    other = [math.log(value) for run in baseline for value in run]
+    counted = sum(min(len(run), _MOST_PROCESSES) for run in baseline)
+    return _few_runs(
+        other, own, noise, confidence, counts=(counted, min(len(own), _MOST_PROCESSES))
+    )
+
+
+def estimate_again(
+    baseline: Sequence[Sequence[float]],
+    again: Sequence[float],
+    noise: TimerNoise,
+    confidence: float = 0.99,
+) -> Estimate:
+    """`estimate` for the second look: `again` are seconds per process that re-measured the run."""
+    return estimate(baseline, again, noise, 1 - (1 - confidence) / _SHARED_RUN)
 
 
 def estimate_groups(
@@ -178,7 +192,7 @@ def estimate_groups(
         return _estimate(shift, _welch_half_width(first, second, confidence))
     first = [math.log(value) for run in a for value in run]
     second = [math.log(value) for run in b for value in run]
-    return _few_runs(first, second, noise, confidence)
+    return _few_runs(first, second, noise, confidence, counts=(len(first), len(second)))
 
 
 def decide(found: Estimate, noise: TimerNoise) -> tuple[Verdict, Reason]:
@@ -202,15 +216,20 @@ def decide(found: Estimate, noise: TimerNoise) -> tuple[Verdict, Reason]:
 
 
 def _few_runs(
-    a: Sequence[float], b: Sequence[float], noise: TimerNoise, confidence: float
+    a: Sequence[float],
+    b: Sequence[float],
+    noise: TimerNoise,
+    confidence: float,
+    counts: tuple[int, int],
 ) -> Estimate:
     """`b` over `a`, log seconds of replicates, where runs are too few to show how they differ.
 
     Each side's spread is its scaled median absolute deviation: one odd process of three must not
     blow up the interval, as it does a variance. They are pooled and moderated by the timer's
     assumed spread as for many runs (Smyth, 2004), s^2 = (4 s0^2 + (n1-1) mad1^2 + (n2-1) mad2^2)
-    / (4 + n1 + n2 - 2), with as many degrees of freedom. Half width: t s sqrt(1/n1 + 1/n2)
-    + log(1 + floor), the floor because processes of one run do not show how runs differ.
+    / (4 + n1 + n2 - 2), with as many degrees of freedom. Half width: t s sqrt(1/c1 + 1/c2)
+    + log(1 + floor), `counts` being c1 and c2; the floor because processes of one run do not show
+    how runs differ.
     """
     shift = statistics.median(b) - statistics.median(a)
     if min(len(a), len(b)) < noise.min_replicates:
@@ -218,20 +237,12 @@ def _few_runs(
     freedom = _PRIOR_RUNS + len(a) + len(b) - 2
     squares = sum((len(side) - 1) * _scaled_mad(side) ** 2 for side in (a, b))
     variance = (_PRIOR_RUNS * noise.spread**2 + squares) / freedom
-    half = _t_quantile(confidence, freedom) * math.sqrt(variance * (1 / len(a) + 1 / len(b)))
+    half = _t_quantile(confidence, freedom) * math.sqrt(variance * sum(1 / c for c in counts))
     return _estimate(shift, half + math.log1p(noise.floor))
 
 
 def _estimate(shift: float, half: float) -> Estimate:
     return Estimate(math.exp(shift), math.exp(shift - half), math.exp(shift + half))
-
-
-def _prediction_half_width(medians: Sequence[float], noise: TimerNoise, confidence: float) -> float:
-    runs = len(medians)
-    mad = _scaled_mad(medians)
-    freedom = _PRIOR_RUNS + runs - 1
-    variance = (_PRIOR_RUNS * noise.spread**2 + (runs - 1) * mad**2) / freedom
-    return _t_quantile(confidence, freedom) * math.sqrt(variance * (1 + math.pi / (2 * runs)))
 
 
 def _scaled_mad(values: Sequence[float]) -> float:

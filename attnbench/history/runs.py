@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from typing import Any
+from dataclasses import dataclass, field, fields
+from datetime import datetime
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from attnbench.errors import DataError
-from attnbench.history.series import gravest, utc
+from attnbench.history.grouping import encoded, floats, group_numbers, microseconds, tables_by_run
+from attnbench.history.series import GRAVITY, SERIES_COLUMNS, moment, split_references, utc
+from attnbench.history.stacks import (
+    Changed,
+    change_text,
+    changed_versions,
+    stack_key,
+    versions_of,
+)
 from attnbench.store.record import Status
 
 #: Columns that are equal in all rows of a run on one machine.
@@ -33,10 +42,32 @@ _CONSTANT = (
     "container_digest",
 )
 
-_PER_ROW = ("run_id", "started_at", "duration_s", "suite", "point_id", "device_class", "status")
+_FACTS = (
+    "hostname",
+    "harness_version",
+    "device_kind",
+    "device_uuid",
+    "compute_capability",
+    "cuda_version",
+    "container_digest",
+)
+
+_PER_ROW = (
+    "run_id",
+    "replicate",
+    "started_at",
+    "duration_s",
+    "suite",
+    "point_id",
+    "device_class",
+    "status",
+)
 
 #: What `runs_of` reads of a table.
 RUN_COLUMNS = tuple(dict.fromkeys((*_PER_ROW, *_CONSTANT)))
+
+#: The columns of the record that judging and comparing read: `folder.table(NEEDED_COLUMNS)`.
+NEEDED_COLUMNS = tuple(dict.fromkeys((*SERIES_COLUMNS, *RUN_COLUMNS)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +98,12 @@ class RunSummary:
     def num_points(self) -> int:
         return sum(self.points.values())
 
+    @property
+    def stack_key(self) -> str:
+        """What the stack axis goes by: packages, driver, CUDA and container."""
+        facts = (self.facts.get(name, "") for name in ("cuda_version", "container_digest"))
+        return stack_key(self.stack_id, self.driver_version, *facts)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvironmentChange:
@@ -74,32 +111,18 @@ class EnvironmentChange:
 
     before: str  # run id
     after: str
-    changed: tuple[tuple[str, str, str], ...]  # (package, old version, new version); "" is absent
+    changed: Changed
 
     @property
     def text(self) -> str:
         """`torch 2.12.0 -> 2.13.0, + triton 3.7.1`, for people."""
-        parts = []
-        for name, old, new in self.changed:
-            if old and new:
-                parts.append(f"{name} {old} -> {new}")
-            else:
-                parts.append(f"+ {name} {new}" if new else f"- {name} {old}")
-        return ", ".join(parts)
+        return change_text(self.changed)
 
 
 def runs_of(table: pa.Table) -> list[RunSummary]:
     """The runs of `table`, oldest first."""
-    columns = {name: table[name].to_pylist() for name in _PER_ROW}
-    rows: dict[str, list[int]] = defaultdict(list)
-    for row, run_id in enumerate(columns["run_id"]):
-        rows[run_id].append(row)
-    first_rows = pa.array([members[0] for members in rows.values()], pa.int64())
-    constants = table.select(_CONSTANT).take(first_rows).to_pylist() if rows else []
-    runs = [
-        _summary(run_id, members, columns, constant)
-        for (run_id, members), constant in zip(rows.items(), constants, strict=True)
-    ]
+    own, _ = split_references(table)
+    runs = [summary_of_run(run_id, rows) for run_id, rows in tables_by_run(own)]
     runs.sort(key=lambda run: (run.started_at, run.run_id))
     return runs
 
@@ -122,12 +145,7 @@ def find_run(runs: Sequence[RunSummary], run_id: str) -> RunSummary:
 
 def environment_change(before: RunSummary, after: RunSummary) -> EnvironmentChange | None:
     """Packages, driver and container that differ; None if nothing does."""
-    old, new = _versions(before), _versions(after)
-    changed = tuple(
-        (name, old.get(name, ""), new.get(name, ""))
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name, "") != new.get(name, "")
-    )
+    changed = changed_versions(_versions(before), _versions(after))
     if not changed and before.stack_id != after.stack_id:
         changed = (("stack", before.stack_id, after.stack_id),)
     if not changed:
@@ -136,38 +154,27 @@ def environment_change(before: RunSummary, after: RunSummary) -> EnvironmentChan
 
 
 def _versions(run: RunSummary) -> dict[str, str]:
-    versions = {}
-    for entry in run.stack:
-        name, _, version = entry.partition("==")
-        versions[name] = version
-    if run.driver_version:
-        versions["driver"] = run.driver_version
-    for key in ("cuda_version", "container_digest"):
-        if run.facts.get(key):
-            versions[key.partition("_")[0]] = run.facts[key]
-    return versions
+    facts = (run.facts.get(name, "") for name in ("cuda_version", "container_digest"))
+    return versions_of(run.stack, run.driver_version, *facts)
 
 
-def _summary(
-    run_id: str,
-    rows: Sequence[int],
-    columns: Mapping[str, Sequence[Any]],
-    constant: Mapping[str, Any],
-) -> RunSummary:
-    starts = [utc(columns["started_at"][row]) for row in rows]
-    ends = [
-        start + timedelta(seconds=columns["duration_s"][row] or 0.0)
-        for start, row in zip(starts, rows, strict=True)
-    ]
-    by_point: dict[tuple[str, str], list[Status]] = defaultdict(list)
-    for row in rows:
-        point = (columns["point_id"][row], columns["device_class"][row])
-        by_point[point].append(Status(columns["status"][row]))
-    counts = Counter(gravest(statuses) for statuses in by_point.values())
+def summary_of_run(run_id: str, rows: pa.Table) -> RunSummary:
+    """The summary of a run, of all rows of its own build (one or more), with RUN_COLUMNS."""
+    (constant,) = rows.slice(0, 1).select(_CONSTANT).to_pylist()
+    starts = microseconds(rows["started_at"])
+    lengths = np.rint(np.nan_to_num(floats(rows["duration_s"])) * 1e6).astype(np.int64)
+    codes, names = encoded(rows["status"])
+    grave = np.array([GRAVITY.index(Status(name)) for name in names.to_pylist()])[codes]
+    points, first = group_numbers(rows, ("point_id", "device_class"))
+    gravest_of = np.zeros(len(first), np.int64)
+    np.maximum.at(gravest_of, points, grave)
+    totals = np.bincount(gravest_of, minlength=len(GRAVITY)).tolist()
+    counts = {status: total for status, total in zip(GRAVITY, totals, strict=True) if total}
+    suites = pc.unique(rows["suite"]).to_pylist()
     return RunSummary(
         run_id=run_id,
-        started_at=min(starts),
-        ended_at=max(ends),
+        started_at=moment(int(starts.min())),
+        ended_at=moment(int((starts + lengths).max())),
         commit=constant["commit"] or "",
         commit_time=utc(constant["commit_time"]) if constant["commit_time"] else None,
         commit_subject=constant["commit_subject"] or "",
@@ -176,19 +183,26 @@ def _summary(
         driver_version=constant["driver_version"] or "",
         device_class=constant["device_class"],
         device_name=constant["device_name"],
-        suites=tuple(sorted({columns["suite"][row] for row in rows if columns["suite"][row]})),
+        suites=tuple(sorted(suite for suite in suites if suite)),
         points=dict(sorted(counts.items())),
-        facts={
-            key: str(constant[key])
-            for key in (
-                "hostname",
-                "harness_version",
-                "device_kind",
-                "device_uuid",
-                "compute_capability",
-                "cuda_version",
-                "container_digest",
-            )
-            if constant[key]
-        },
+        facts={key: str(constant[key]) for key in _FACTS if constant[key]},
     )
+
+
+def to_json(run: RunSummary) -> str:
+    """A summary as text; `from_json` gives an equal one back."""
+    values = {f.name: getattr(run, f.name) for f in fields(run)}
+    for name in ("started_at", "ended_at", "commit_time"):
+        values[name] = values[name] and values[name].isoformat()
+    return json.dumps(values)
+
+
+def from_json(text: str) -> RunSummary:
+    """Raises ValueError, KeyError or TypeError for text that `to_json` did not write."""
+    values = json.loads(text)
+    for name in ("started_at", "ended_at", "commit_time"):
+        values[name] = values[name] and datetime.fromisoformat(values[name])
+    for name in ("stack", "suites"):
+        values[name] = tuple(values[name])
+    values["points"] = {Status(name): count for name, count in values["points"].items()}
+    return RunSummary(**values)

@@ -5,11 +5,12 @@ A table has the columns of `store/record.py`. Everything here reads; nothing is 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -17,14 +18,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from attnbench.store.record import SERIES_KEY, Status, short_hash
+from attnbench.history.stacks import stack_key
+from attnbench.store.record import FIRST_REFERENCE, SERIES_KEY, Status, short_hash
 
 #: Replicates numbered from here on re-measure a flagged point in fresh processes.
 FIRST_CONFIRMATION = 100
 
+#: What ends the commit of a run whose tree had local edits (`measure.environment` writes it).
+DIRTY = "+dirty"
+
 #: From harmless to grave. The status of a point in a run is the gravest of its rows, so that one
 #: wrong output among many right ones is never hidden.
-_GRAVITY = (
+GRAVITY = (
     Status.OK,
     Status.NOISY,
     Status.UNTIMED,
@@ -77,9 +82,12 @@ _PER_ROW = (
     "max_abs_error",
 )
 
+#: Facts of a run beside its packages and driver that its stack is told apart by.
+_STACK_FACTS = ("cuda_version", "container_digest")
+
 
 #: What this room reads of a table; `verdict.NEEDED_COLUMNS` adds what it needs of the runs.
-SERIES_COLUMNS = tuple(dict.fromkeys((*SERIES_KEY, *IDENTITY, *_PER_ROW, "samples")))
+SERIES_COLUMNS = tuple(dict.fromkeys((*SERIES_KEY, *IDENTITY, *_PER_ROW, *_STACK_FACTS, "samples")))
 
 
 class SeriesKey(NamedTuple):
@@ -104,7 +112,8 @@ class RunValue:
     """One run of a series.
 
     `replicates` and `confirmations` are the medians, in seconds, of the samples of each process;
-    the latter of the processes that re-measured the point because it was flagged. `noise` is the
+    the latter of the processes that re-measured the point because it was flagged, and `references`
+    of those of the build before that took turns with them. `noise` is the
     interquartile range of the samples over their median (median over the replicates).
     `is_published`: read from `results/published/`, perhaps of somebody else's machine.
     """
@@ -115,12 +124,15 @@ class RunValue:
     statuses: tuple[Status, ...] = ()
     replicates: tuple[float, ...] = ()
     confirmations: tuple[float, ...] = ()
+    references: tuple[float, ...] = ()
     reasons: tuple[str, ...] = ()
     suites: tuple[str, ...] = ()
     commit: str = ""
     commit_time: datetime | None = None
     stack_id: str = ""
     driver_version: str = ""
+    cuda_version: str = ""
+    container_digest: str = ""
     num_samples: int = 0
     noise: float | None = None
     discarded: int = 0
@@ -136,6 +148,13 @@ class RunValue:
     def median_s(self) -> float | None:
         """Seconds: the median over the replicates, None where nothing was timed."""
         return statistics.median(self.replicates) if self.replicates else None
+
+    @property
+    def stack_key(self) -> str:
+        """What the stack axis goes by: packages, driver, CUDA and container."""
+        return stack_key(
+            self.stack_id, self.driver_version, self.cuda_version, self.container_digest
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +184,7 @@ class Series:
 
     key: SeriesKey
     identity: Mapping[str, Any]
-    values: tuple[RunValue, ...]
+    values: Sequence[RunValue]
 
     @property
     def id(self) -> str:
@@ -183,7 +202,7 @@ class Series:
     def newest(self) -> RunValue:
         """Of one's own runs; of published ones where there is no other."""
         own = [value for value in self.values if not value.is_published]
-        return (own or self.values)[-1]
+        return own[-1] if own else self.values[-1]
 
     def at(self, run_id: str) -> RunValue | None:
         """The value of one run, None if the run did not plan this point."""
@@ -195,10 +214,13 @@ class Series:
         return tuple(v for v in self.values if (v.started_at, v.run_id) < mark)
 
     def levels(self, axis: Axis) -> tuple[Level, ...]:
-        """The series over commits (in order of commit time) or stacks (of first appearance)."""
+        """The series over commits (in order of commit time) or stacks (of first appearance).
+
+        A stack that was left and came back is one level, at its first appearance.
+        """
         grouped: dict[str, list[RunValue]] = defaultdict(list)
         for value in self.values:
-            grouped[value.commit if axis is Axis.COMMIT else value.stack_id].append(value)
+            grouped[value.commit if axis is Axis.COMMIT else value.stack_key].append(value)
         levels = [
             Level(label=label, started_at=values[0].started_at, values=tuple(values))
             for label, values in grouped.items()
@@ -217,9 +239,14 @@ def series_of(
     A row that carries no samples may not know its timer (a refused point was never timed). It
     joins the series of its exact key if there is one, else every timed series of its point, metric
     and device: so a series shows that it stopped being supported.
+
+    Of the build before, which took turns with a run, only its times count, as `references`.
     """
+    table, other = split_references(table)
+    starts, facts = _run_starts(table), _stack_facts(table)
     if metrics is not None:
         table = table.filter(pc.is_in(table["metric"], pa.array(list(metrics), pa.string())))
+    references = _references(other)
     if table.num_rows == 0:
         return []
     keys = [SeriesKey(*row) for row in zip(*_lists(table, SERIES_KEY), strict=True)]
@@ -246,45 +273,96 @@ def series_of(
         by_run: dict[str, list[int]] = defaultdict(list)
         for row in rows:
             by_run[columns["run_id"][row]].append(row)
-        values = [
-            _run_value(run_rows, columns, statuses, medians, noise, counts)
-            for run_rows in by_run.values()
-        ]
+        values = []
+        for run_id, run_rows in by_run.items():
+            ordered = _in_order(run_rows, key, keys, columns)
+            value = _run_value(ordered, columns, statuses, medians, noise, counts)
+            joined = sorted({keys[row] for row in run_rows} - {key})
+            theirs = [key, *joined] if any(keys[row] == key for row in run_rows) else joined
+            beside = tuple(v for one in theirs for v in references.get((one, run_id), ()))
+            values.append(replace(value, references=beside))
         values.sort(key=lambda v: (v.started_at, v.run_id))
         result.append(Series(key=key, identity=identity, values=tuple(values)))
-    _complete(result, _run_starts(columns), published)
+    _complete(result, starts, facts, published)
     result.sort(key=lambda s: (s.title, s.key))
     return result
+
+
+def split_references(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The rows of the runs' own builds, and those of the builds before that took turns with them.
+
+    `table` has a column `replicate`.
+    """
+    is_other = pc.greater_equal(table["replicate"], FIRST_REFERENCE)
+    if not pc.any(is_other).as_py():
+        return table, table.slice(0, 0)
+    return table.filter(pc.invert(is_other)), table.filter(is_other)
+
+
+def _references(table: pa.Table) -> dict[tuple[SeriesKey, str], list[float]]:
+    """Seconds per process of the build before, by series and run, in order of the replicates."""
+    found: dict[tuple[SeriesKey, str], list[float]] = defaultdict(list)
+    table = table.sort_by("replicate")
+    keys = zip(*_lists(table, SERIES_KEY), strict=True)
+    medians, _, _ = sample_statistics(table["samples"])
+    rows = zip(keys, *_lists(table, ("run_id", "status")), medians, strict=True)
+    for key, run_id, status, median in rows:
+        if median is not None and Status(status).is_timed:
+            found[SeriesKey(*key), run_id].append(median)
+    return found
 
 
 def sample_statistics(
     samples: pa.ChunkedArray,
 ) -> tuple[list[float | None], list[float | None], list[int]]:
     """Per row: median in seconds, interquartile range over the median, number of samples."""
+    medians, noise, counts = sample_arrays(samples)
+    listed: list[int] = counts.tolist()
+    return (
+        [value if n else None for value, n in zip(medians.tolist(), listed, strict=True)],
+        [None if math.isnan(value) else value for value in noise.tolist()],
+        listed,
+    )
+
+
+def sample_arrays(samples: pa.ChunkedArray) -> tuple[Any, Any, Any]:
+    """`sample_statistics` as numpy arrays; NaN where it says None."""
     column = samples.combine_chunks() if isinstance(samples, pa.ChunkedArray) else samples
     counts = np.asarray(pc.fill_null(pc.list_value_length(column), 0), dtype=np.int64)
     flat = np.asarray(pc.list_flatten(column), dtype=np.float64)
     starts = np.concatenate(([0], np.cumsum(counts)))[:-1]
-    medians: list[float | None] = [None] * len(counts)
-    noise: list[float | None] = [None] * len(counts)
+    medians = np.full(len(counts), np.nan)
+    noise = np.full(len(counts), np.nan)
+    # A sample may be inf or NaN, and its row's numbers then are.
     # Rows of one length make a rectangle: one call per length instead of one per row.
     for count in np.unique(counts[counts > 0]):
         rows = np.flatnonzero(counts == count)
         block = flat[starts[rows][:, None] + np.arange(count)]
-        low, middle, high = np.percentile(block, (25, 50, 75), axis=1)
-        for row, q1, q2, q3 in zip(rows, low, middle, high, strict=True):
-            medians[row] = float(q2)
-            noise[row] = float((q3 - q1) / q2) if q2 > 0 else None
-    return medians, noise, [int(count) for count in counts]
+        with np.errstate(invalid="ignore"):
+            low, middle, high = np.percentile(block, (25, 50, 75), axis=1)
+            medians[rows] = middle
+            known = middle > 0
+            noise[rows[known]] = (high[known] - low[known]) / middle[known]
+    return medians, noise, counts
 
 
 def gravest(statuses: Iterable[Status]) -> Status:
     """The status of a point whose rows have these statuses."""
-    return max(statuses, key=_GRAVITY.index)
+    return max(statuses, key=GRAVITY.index)
 
 
 def _lists(table: pa.Table, names: Sequence[str]) -> list[list[Any]]:
     return [table[name].to_pylist() for name in names]
+
+
+def _in_order(
+    rows: Sequence[int],
+    own: SeriesKey,
+    keys: Sequence[SeriesKey],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[int]:
+    """By replicate; of one replicate, rows of the series' own key before those that joined it."""
+    return sorted(rows, key=lambda row: (columns["replicate"][row], keys[row] != own, keys[row]))
 
 
 def _run_value(
@@ -295,7 +373,6 @@ def _run_value(
     noise: Sequence[float | None],
     counts: Sequence[int],
 ) -> RunValue:
-    rows = sorted(rows, key=lambda row: columns["replicate"][row])
     first: list[float] = []
     again: list[float] = []
     for row in rows:
@@ -327,23 +404,41 @@ def _run_value(
     )
 
 
-def _run_starts(columns: Mapping[str, Sequence[Any]]) -> dict[str, datetime]:
+def _run_starts(table: pa.Table) -> dict[str, datetime]:
+    """Of all rows of a run, so that its start does not depend on which metrics are looked at."""
     starts: dict[str, datetime] = {}
-    for run_id, at in zip(columns["run_id"], columns["started_at"], strict=True):
-        moment = utc(at)
-        if run_id not in starts or moment < starts[run_id]:
-            starts[run_id] = moment
+    for run_id, at in zip(*_lists(table, ("run_id", "started_at")), strict=True):
+        start = utc(at)
+        if run_id not in starts or start < starts[run_id]:
+            starts[run_id] = start
     return starts
 
 
+def _stack_facts(table: pa.Table) -> dict[str, dict[str, str]]:
+    """`_STACK_FACTS` of each run, as its first row has them."""
+    facts: dict[str, dict[str, str]] = {}
+    for run_id, *texts in zip(*_lists(table, ("run_id", *_STACK_FACTS)), strict=True):
+        if run_id not in facts:
+            facts[run_id] = {n: t or "" for n, t in zip(_STACK_FACTS, texts, strict=True)}
+    return facts
+
+
 def _complete(
-    series: list[Series], starts: Mapping[str, datetime], published: Collection[str]
+    series: list[Series],
+    starts: Mapping[str, datetime],
+    facts: Mapping[str, Mapping[str, str]],
+    published: Collection[str],
 ) -> None:
-    """Give every value the start of its run, so that all series order the runs alike, and whether
-    that run is a published one."""
+    """Give every value the start of its run, so that all series order the runs alike, the rest of
+    its stack, and whether that run is a published one."""
     for i, one in enumerate(series):
         values = [
-            replace(v, started_at=starts[v.run_id], is_published=v.run_id in published)
+            replace(
+                v,
+                started_at=starts[v.run_id],
+                is_published=v.run_id in published,
+                **facts[v.run_id],
+            )
             for v in one.values
         ]
         values.sort(key=lambda v: (v.started_at, v.run_id))
@@ -354,6 +449,14 @@ def _unique(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value for value in values if value))
 
 
-def utc(moment: datetime) -> datetime:
-    """`moment` in UTC; one without a zone is taken to be UTC already."""
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+def utc(at: datetime) -> datetime:
+    """`at` in UTC; one without a zone is taken to be UTC already."""
+    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+
+
+def moment(microseconds: int) -> datetime:
+    """The time so many microseconds after the epoch."""
+    return _EPOCH + timedelta(microseconds=microseconds)
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

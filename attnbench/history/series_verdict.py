@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from attnbench.history.gate import LEVEL_RUNS
+from attnbench.history.looks import FirstLook, alarm_limit, first_looks, look_again
 from attnbench.history.rule import (
     Estimate,
     Reason,
@@ -19,15 +21,13 @@ from attnbench.history.rule import (
     VerdictSettings,
     decide,
     estimate,
+    estimate_again,
 )
-from attnbench.history.series import RunValue, Series
+from attnbench.history.series import DIRTY, RunValue, Series
 from attnbench.store.record import Status
 
 #: Statuses of a point that ran and was right.
 _WORKS = frozenset({Status.OK, Status.NOISY, Status.UNTIMED})
-
-#: What ends the commit of a run whose tree had local edits (`measure.environment` writes it).
-_DIRTY = "+dirty"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +50,55 @@ class SeriesVerdict:
         return self.reasons[0] in (Reason.STATUS_CHANGED, Reason.STATUS_RECOVERED)
 
 
+@dataclass(frozen=True, slots=True)
+class Night:
+    """What one series' verdict needs of the night it belongs to.
+
+    `first` is the first look, which picks over all series together; `alarm_limit` the largest p of
+    a second look that is an alarm, which depends on how much was picked.
+    """
+
+    first: FirstLook | None
+    alarm_limit: float
+
+
+def judge_night(
+    pairs: Sequence[tuple[Series, RunValue]],
+    settings: VerdictSettings,
+    require_confirmation: bool = True,
+) -> list[SeriesVerdict]:
+    """Judge one value of each series against the runs before it, all of a night together."""
+    timed = [timed_runs(series, subject) for series, subject in pairs]
+    timers = [series.key.timer for series, _ in pairs]
+    firsts = first_looks(
+        [runs if s.is_timed else [] for (_, s), runs in zip(pairs, timed, strict=True)],
+        timers,
+        settings,
+    )
+    looks = [
+        (first, look_again(subject, runs[:-1][-LEVEL_RUNS:], settings) if first else None)
+        for (_, subject), runs, first in zip(pairs, timed, firsts, strict=True)
+    ]
+    limit = alarm_limit(looks)
+    return [
+        judge_series(series, subject, settings, Night(first, limit), require_confirmation)
+        for (series, subject), first in zip(pairs, firsts, strict=True)
+    ]
+
+
+def timed_runs(series: Series, subject: RunValue) -> list[RunValue]:
+    """The runs with a time that `subject` may be judged by, oldest first, and `subject` last."""
+    return [*(v for v in comparable_runs(series, subject) if v.is_timed), subject]
+
+
 def judge_series(
     series: Series,
     subject: RunValue,
     settings: VerdictSettings,
+    night: Night,
     require_confirmation: bool = True,
 ) -> SeriesVerdict:
-    """Judge one value of a series against the runs before it."""
+    """Judge one value of a series, given the look at its night."""
     earlier = comparable_runs(series, subject)
     base = SeriesVerdict(
         series=series, subject=subject, verdict=Verdict.UNCHANGED, reasons=(Reason.NO_BASELINE,)
@@ -70,7 +112,7 @@ def judge_series(
     if changed := _judge_status(base, known):
         return changed
     baseline = [v for v in earlier if v.is_timed][-settings.window :]
-    return _judge_time(base, baseline, settings, require_confirmation)
+    return _judge_time(base, baseline, settings, night, require_confirmation)
 
 
 def comparable_runs(series: Series, subject: RunValue) -> list[RunValue]:
@@ -81,9 +123,9 @@ def comparable_runs(series: Series, subject: RunValue) -> list[RunValue]:
     A tree with local edits is nobody's level but its own: a clean commit is not judged by it.
     """
     earlier = [value for value in series.before(subject) if not value.is_published]
-    if subject.commit.endswith(_DIRTY):
+    if subject.commit.endswith(DIRTY):
         return earlier
-    return [value for value in earlier if not value.commit.endswith(_DIRTY)]
+    return [value for value in earlier if not value.commit.endswith(DIRTY)]
 
 
 def _judge_status(base: SeriesVerdict, known: Sequence[RunValue]) -> SeriesVerdict | None:
@@ -127,15 +169,14 @@ def _judge_time(
     base: SeriesVerdict,
     baseline: Sequence[RunValue],
     settings: VerdictSettings,
+    night: Night,
     require_confirmation: bool,
 ) -> SeriesVerdict:
     if not baseline:
         return base
     subject = base.subject
     noise = settings.noise(base.series.key.timer)
-    groups = [v.replicates for v in baseline]
-    found = estimate(groups, subject.replicates, noise, settings.confidence)
-    verdict, reason = decide(found, noise)
+    found, verdict, reason = _first_verdict(subject, baseline, noise, settings, night)
     result = replace(
         base,
         verdict=verdict,
@@ -154,25 +195,59 @@ def _judge_time(
             reasons = (Reason.NOT_CONFIRMED_YET, reason)
             return replace(result, verdict=Verdict.UNDECIDED, reasons=reasons, is_flagged=True)
         return replace(result, is_flagged=True)
-    again = estimate(groups, subject.confirmations, noise, settings.confidence)
-    return _confirmed(result, again, noise)
+    if night.first is None:
+        groups = [v.replicates for v in baseline]
+        again = estimate_again(groups, subject.confirmations, noise, settings.confidence)
+        return _confirmed(result, again, decide(again, noise)[0], noise)
+    second = look_again(subject, baseline, settings)
+    assert second is not None
+    if second.is_slower(noise, night.alarm_limit):
+        return _confirmed(result, second.estimate, Verdict.REGRESSION, noise)
+    is_open = second.is_open(noise)
+    return _confirmed(
+        result, second.estimate, Verdict.UNDECIDED if is_open else Verdict.UNCHANGED, noise
+    )
 
 
-def _confirmed(flagged: SeriesVerdict, again: Estimate, noise: TimerNoise) -> SeriesVerdict:
+def _first_verdict(
+    subject: RunValue,
+    baseline: Sequence[RunValue],
+    noise: TimerNoise,
+    settings: VerdictSettings,
+    night: Night,
+) -> tuple[Estimate, Verdict, Reason]:
+    """What the first look says: of the night where there is a level, else of the replicates."""
+    if night.first is None:
+        groups = [v.replicates for v in baseline]
+        found = estimate(groups, subject.replicates, noise, settings.confidence)
+        return found, *decide(found, noise)
+    is_beside = settings.has_reference or bool(subject.references)
+    return night.first.estimate, *first_verdict(night.first, noise, is_beside)
+
+
+def first_verdict(first: FirstLook, noise: TimerNoise, is_beside: bool) -> tuple[Verdict, Reason]:
+    """What the first look alone says; `is_beside`: the build before is measured beside the new."""
+    verdict, reason = decide(first.estimate, noise)
+    if first.is_sure or (first.is_picked and is_beside):
+        return Verdict.REGRESSION, Reason.SLOWER_THAN_FLOOR
+    # One series alone would be called changed; among so many series of a night it is chance.
+    if verdict is Verdict.REGRESSION or (verdict is Verdict.IMPROVEMENT and not first.is_faster):
+        return Verdict.UNCHANGED, Reason.WITHIN_NOISE
+    return verdict, reason
+
+
+def _confirmed(
+    flagged: SeriesVerdict, again: Estimate, verdict: Verdict, noise: TimerNoise
+) -> SeriesVerdict:
     """`flagged` after fresh processes were judged alone: `again` is free of why it was chosen."""
-    verdict, reason = decide(again, noise)
     if flagged.verdict is Verdict.REGRESSION and verdict is Verdict.REGRESSION:
         return replace(flagged, reasons=(Reason.CONFIRMED, *flagged.reasons), estimate=again)
-    if flagged.verdict is Verdict.REGRESSION:
-        reasons = (Reason.NOT_CONFIRMED, reason)
-        return replace(
-            flagged, verdict=Verdict.UNDECIDED, reasons=reasons, estimate=again, since=None
-        )
-    # It was only a suspicion: a second look within the floor ends it.
-    if again.ratio <= noise.limit:
-        reasons = (Reason.WITHIN_NOISE, Reason.NOT_CONFIRMED)
-        return replace(flagged, verdict=Verdict.UNCHANGED, reasons=reasons, estimate=again)
-    return replace(flagged, reasons=(Reason.INTERVAL_TOO_WIDE,), estimate=again)
+    result = replace(flagged, estimate=again, since=None)
+    if verdict in (Verdict.UNCHANGED, Verdict.IMPROVEMENT) or again.ratio <= noise.limit:
+        reasons = (Reason.NOT_CONFIRMED, Reason.WITHIN_NOISE)
+        return replace(result, verdict=Verdict.UNCHANGED, reasons=reasons)
+    reasons = (Reason.NOT_CONFIRMED, Reason.INTERVAL_TOO_WIDE)
+    return replace(result, verdict=Verdict.UNDECIDED, reasons=reasons)
 
 
 def _since(subject: RunValue, baseline: Sequence[RunValue], found: Estimate) -> RunValue:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from attnbench.history.groups import AlarmGroup, group_alarms
 from attnbench.history.rule import Estimate, Reason, Verdict
 from attnbench.history.runs import RunSummary
 from attnbench.history.series import RunValue
 from attnbench.history.series_verdict import SeriesVerdict
 from attnbench.history.verdict import Judgement
+
+_T = TypeVar("_T")
 
 #: How many entries of one kind are listed before "and N more".
 _LISTED = 3
@@ -40,10 +43,13 @@ def summary_lines(
         SummaryLine("verdict", _verdict_text(judgement), _STYLES[judgement.verdict]),
         SummaryLine("measured", _measured_text(judgement.run, duration_s)),
     ]
-    regressions = judgement.because(Reason.CONFIRMED, Reason.SLOWER_THAN_FLOOR)
-    lines += _listed("slower", regressions, _slower_lines, "red")
-    changes = [v for v in judgement.verdicts if v.is_support_change]
-    lines += _listed("changed", changes, _changed_lines, "yellow")
+    groups = group_alarms(judgement.verdicts)
+    slower = [group for group in groups if not group.is_support_change]
+    lines += _listed("slower", slower, _slower_lines, "red")
+    lost = [group for group in groups if group.is_support_change]
+    lines += _listed("changed", lost, _lost_lines, "yellow")
+    recovered = judgement.because(Reason.STATUS_RECOVERED)
+    lines += _listed("works" if lost else "changed", recovered, _changed_lines, "yellow")
     undecided = judgement.of(Verdict.UNDECIDED)
     lines += _listed("undecided", undecided, _undecided_lines, "yellow")
     lines += _listed("invalid", judgement.of(Verdict.INVALID), _invalid_lines, "yellow")
@@ -232,17 +238,14 @@ def _measured_text(run: RunSummary, duration_s: float | None) -> str:
 
 
 def _listed(
-    label: str,
-    verdicts: Sequence[SeriesVerdict],
-    lines_of: Callable[[SeriesVerdict], list[str]],
-    style: str,
+    label: str, found: Sequence[_T], lines_of: Callable[[_T], list[str]], style: str
 ) -> list[SummaryLine]:
     lines: list[SummaryLine] = []
-    for verdict in verdicts[:_LISTED]:
-        first, *rest = lines_of(verdict)
+    for one in found[:_LISTED]:
+        first, *rest = lines_of(one)
         lines.append(SummaryLine(label if not lines else "", first, style))
         lines += [SummaryLine("", text) for text in rest]
-    if (more := len(verdicts) - _LISTED) > 0:
+    if (more := len(found) - _LISTED) > 0:
         lines.append(SummaryLine("", f"and {more} more: attnbench history"))
     return lines
 
@@ -273,8 +276,34 @@ def _ratio_text(verdict: SeriesVerdict) -> str:
     return f"{point_text(verdict)}   {interval_text(verdict.estimate)}{since}"
 
 
-def _slower_lines(verdict: SeriesVerdict) -> list[str]:
-    return [_ratio_text(verdict), f"again: {repro_command(verdict.series.identity)}"]
+def _slower_lines(group: AlarmGroup) -> list[str]:
+    worst = group.worst
+    again = f"again: {repro_command(worst.series.identity)}"
+    if len(group.members) == 1:
+        return [_ratio_text(worst), again]
+    assert group.ratio is not None
+    assert worst.estimate is not None
+    return [
+        f"{_members_text(group)}   {percent(group.ratio)} in the middle{_since_text(group)}",
+        f"worst: {point_text(worst)}   {interval_text(worst.estimate)}",
+        again,
+    ]
+
+
+def _lost_lines(group: AlarmGroup) -> list[str]:
+    first = _changed_lines(group.worst)
+    if len(group.members) == 1:
+        return first
+    status = group.worst.subject.status
+    return [f"{_members_text(group)}   now {status}{_since_text(group)}", f"first: {first[0]}"]
+
+
+def _members_text(group: AlarmGroup) -> str:
+    return f"{group.title}: {len(group.members)} of {group.judged} series"
+
+
+def _since_text(group: AlarmGroup) -> str:
+    return f"   since {level_text(group.since)}" if group.since else ""
 
 
 def status_reasons(value: RunValue) -> tuple[str, ...]:

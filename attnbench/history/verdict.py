@@ -10,27 +10,30 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from attnbench.errors import ExitCode
+from attnbench.history.night import has_comparable_runs, judge_panel
+from attnbench.history.panel import NOT_PLANNED, Panel
 from attnbench.history.rule import Reason, Verdict, VerdictSettings
+from attnbench.history.runs import NEEDED_COLUMNS as NEEDED_COLUMNS
 from attnbench.history.runs import (
-    RUN_COLUMNS,
     EnvironmentChange,
     RunSummary,
     environment_change,
     find_run,
     newest_run,
-    runs_of,
 )
-from attnbench.history.series import SERIES_COLUMNS, RunValue, Series, series_of
-from attnbench.history.series_verdict import SeriesVerdict, comparable_runs, judge_series
+from attnbench.history.series import GRAVITY, SeriesKey
+from attnbench.history.series_verdict import SeriesVerdict
 from attnbench.store.record import Status
 
-#: The columns of the record that judging and comparing read: `folder.table(NEEDED_COLUMNS)`.
-NEEDED_COLUMNS = tuple(dict.fromkeys((*SERIES_COLUMNS, *RUN_COLUMNS)))
+if TYPE_CHECKING:
+    from attnbench.history.alarms import Alarms
 
 #: Statuses that mean the run did not do what was planned, worst first.
 INCOMPLETE_STATUSES = (Status.INCORRECT, Status.CRASH, Status.OOM, Status.TIMEOUT, Status.ERROR)
@@ -52,7 +55,8 @@ class Judgement:
     `failures` are what ended in one of `INCOMPLETE_STATUSES`, of judged and other metrics, wrong
     outputs first. `missing` are points the run planned and did not store; `dropped` are titles of
     points that the run before it measured and this one did not plan. `shard`: the part of the plan
-    the run measured, `2/4`; "": all of it.
+    the run measured, `2/4`; "": all of it. `alarms`: what broke with what people accepted of it
+    (`alarms.alarms_of`), which then decides the exit code; None: nobody asked.
     """
 
     run: RunSummary
@@ -63,6 +67,11 @@ class Judgement:
     missing: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     shard: str = ""
+    alarms: Alarms | None = None
+
+    def is_known(self, verdict: SeriesVerdict) -> bool:
+        """Whether somebody accepted what is said of the series, until a day."""
+        return self.alarms is not None and self.alarms.is_known(verdict)
 
     def of(self, *verdicts: Verdict) -> tuple[SeriesVerdict, ...]:
         return tuple(v for v in self.verdicts if v.verdict in verdicts)
@@ -79,12 +88,14 @@ class Judgement:
     @property
     def incomplete(self) -> bool:
         """Something that was planned could not be measured, or gave a wrong output."""
+        if self.alarms is not None:
+            return self.alarms.incomplete
         return bool(self.missing or self.failures)
 
     @property
     def verdict(self) -> Verdict:
-        """The join of all verdicts: the gravest that holds."""
-        found = {v.verdict for v in self.verdicts}
+        """The join of all verdicts that nobody accepted: the gravest that holds."""
+        found = {v.verdict for v in self.verdicts if not self.is_known(v)}
         for verdict in (Verdict.REGRESSION, Verdict.UNDECIDED, Verdict.INVALID):
             if verdict in found:
                 return verdict
@@ -93,6 +104,8 @@ class Judgement:
     @property
     def exit_code(self) -> ExitCode:
         """INVALID is undecided too: something could not be compared."""
+        if self.alarms is not None:
+            return self.alarms.exit_code
         codes = [ExitCode.OK]
         if self.of(Verdict.REGRESSION):
             codes.append(ExitCode.REGRESSION)
@@ -104,7 +117,7 @@ class Judgement:
 
 
 def judge(
-    table: pa.Table,
+    history: Panel | pa.Table,
     subject_run: str | None = None,
     settings: VerdictSettings | None = None,
     *,
@@ -114,27 +127,28 @@ def judge(
 ) -> Judgement:
     """Judge the run `subject_run` (default: the newest own one) against own runs before it.
 
-    `table` has the columns of the record. `planned` are the ids of the points the run set out to
-    measure; those without a row are `missing`. `published` are ids of published runs
-    (`ResultsFolder.published_runs`): they are a baseline of nothing. Without `require_confirmation`
-    a slow-down need not be measured twice. Raises DataError if nothing is stored or there is no
-    such run.
+    `history` is a panel, or a table with the columns of the record and `published`, the ids of its
+    published runs: they are a baseline of nothing. `planned` are the ids of the points the run set
+    out to measure; those without a row are `missing`. Without `require_confirmation` a slow-down
+    need not be measured twice. Raises DataError if nothing is stored or there is no such run.
     """
     settings = settings or VerdictSettings()
-    runs = runs_of(table)
-    own = [run for run in runs if run.run_id not in published]
-    run = find_run(runs, subject_run) if subject_run else newest_run(own or runs)
+    panel = history if isinstance(history, Panel) else Panel.of_table(history, published)
+    own = [run for run, theirs in zip(panel.runs, panel.is_published, strict=True) if not theirs]
+    run = find_run(panel.runs, subject_run) if subject_run else newest_run(own or panel.runs)
     previous = _previous(run, own)
     environment = environment_change(previous, run) if previous else None
-    every = series_of(table, settings.metrics, published)
-    of_point: dict[tuple[object, ...], list[Series]] = defaultdict(list)
-    for series in every:
-        of_point[series.key[:2]].append(series)
+    number = panel.run_number(run.run_id)
+    judged = panel.with_metrics(settings.metrics)
+    subjects = judged[panel.status[judged, number] != NOT_PLANNED]
+    of_point: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index in judged.tolist():
+        of_point[panel.keys[index][:2]].append(index)
     verdicts = []
-    for series, subject in _subjects(every, run):
-        verdict = judge_series(series, subject, settings, require_confirmation)
+    for verdict in _judged_in(panel, subjects, number, settings, require_confirmation):
         if verdict.reasons[0] is Reason.NO_BASELINE:
-            verdict = _incomparable(verdict, of_point[series.key[:2]], run) or verdict
+            others = of_point[verdict.series.key[:2]]
+            verdict = _incomparable(panel, verdict, others, number) or verdict
         if environment and verdict.verdict in (Verdict.REGRESSION, Verdict.IMPROVEMENT):
             verdict = replace(verdict, reasons=(*verdict.reasons, Reason.ENVIRONMENT_CHANGED))
         verdicts.append(verdict)
@@ -144,41 +158,37 @@ def judge(
         previous=previous,
         environment=environment,
         verdicts=tuple(sorted(verdicts, key=_gravity)),
-        failures=_failures(table, run, settings, verdicts, published),
+        failures=_failures(panel, number, settings, verdicts),
         missing=tuple(sorted(set(planned or ()) - stored)),
-        dropped=_dropped(every, run, previous, stored | set(planned or ())),
+        dropped=_dropped(panel, judged, run, previous, stored | set(planned or ())),
     )
 
 
-def _failures(
-    table: pa.Table,
-    run: RunSummary,
+def _judged_in(
+    panel: Panel,
+    indices: NDArray[np.int64],
+    number: int,
     settings: VerdictSettings,
-    verdicts: Sequence[SeriesVerdict],
-    published: Collection[str],
+    require_confirmation: bool = True,
+) -> list[SeriesVerdict]:
+    at = np.full(len(indices), number)
+    return judge_panel(panel, indices, at, settings, require_confirmation)
+
+
+def _failures(
+    panel: Panel, number: int, settings: VerdictSettings, verdicts: Sequence[SeriesVerdict]
 ) -> tuple[SeriesVerdict, ...]:
     found = [v for v in verdicts if v.subject.status in INCOMPLETE_STATUSES]
     # A metric that is only shown fails the run as well: a wrong output is never only shown.
-    own = pc.equal(table["run_id"], run.run_id)
-    failing = pc.is_in(table["status"], pa.array([str(s) for s in INCOMPLETE_STATUSES]))
-    others = pc.invert(pc.is_in(table["metric"], pa.array(list(settings.metrics), pa.string())))
-    points = table.filter(pc.and_(pc.and_(own, failing), others))["point_id"].combine_chunks()
-    rows = table.filter(pc.and_(others, pc.is_in(table["point_id"], points)))
-    found += [
-        judge_series(series, value, settings)
-        for series, value in _subjects(series_of(rows, published=published), run)
-        if value.status in INCOMPLETE_STATUSES
-    ]
+    failing = np.isin(panel.status[:, number], [GRAVITY.index(s) for s in INCOMPLETE_STATUSES])
+    failing[panel.with_metrics(settings.metrics)] = False
+    found += _judged_in(panel, np.flatnonzero(failing), number, settings)
     found.sort(key=lambda v: INCOMPLETE_STATUSES.index(v.subject.status))
     return tuple(found)
 
 
-def _subjects(every: Sequence[Series], run: RunSummary) -> list[tuple[Series, RunValue]]:
-    return [(series, value) for series in every if (value := series.at(run.run_id)) is not None]
-
-
 def _incomparable(
-    verdict: SeriesVerdict, of_point: Sequence[Series], run: RunSummary
+    panel: Panel, verdict: SeriesVerdict, of_point: Sequence[int], number: int
 ) -> SeriesVerdict | None:
     """INVALID if the point was measured before, but in another way that this run gave up.
 
@@ -186,14 +196,15 @@ def _incomparable(
     another way: two machines may share a results folder.
     """
     key = verdict.series.key
-    for other in of_point:
-        if other.key.device_class != key.device_class or other.at(run.run_id) is not None:
+    for index in of_point:
+        other = panel.keys[index]
+        if other.device_class != key.device_class or panel.status[index, number] != NOT_PLANNED:
             continue
-        if not comparable_runs(other, verdict.subject):
+        if not has_comparable_runs(panel, index, verdict.subject, number):
             continue
-        differing = differing_fields(other, verdict.series)
+        differing = differing_fields(other, key)
         note = ", ".join(
-            f"{name} was {getattr(other.key, name) or 'none'} and is {getattr(key, name) or 'none'}"
+            f"{name} was {getattr(other, name) or 'none'} and is {getattr(key, name) or 'none'}"
             for name in differing
         )
         reasons = tuple(_INCOMPARABLE[name] for name in differing)
@@ -201,9 +212,9 @@ def _incomparable(
     return None
 
 
-def differing_fields(a: Series, b: Series) -> tuple[str, ...]:
+def differing_fields(a: SeriesKey, b: SeriesKey) -> tuple[str, ...]:
     """Fields that keep two series of one point and metric from being compared."""
-    return tuple(name for name in _INCOMPARABLE if getattr(a.key, name) != getattr(b.key, name))
+    return tuple(name for name in _INCOMPARABLE if getattr(a, name) != getattr(b, name))
 
 
 def _previous(run: RunSummary, runs: Sequence[RunSummary]) -> RunSummary | None:
@@ -218,19 +229,20 @@ def _previous(run: RunSummary, runs: Sequence[RunSummary]) -> RunSummary | None:
 
 
 def _dropped(
-    every: Sequence[Series],
+    panel: Panel,
+    judged: NDArray[np.int64],
     run: RunSummary,
     previous: RunSummary | None,
     planned: Collection[str],
 ) -> tuple[str, ...]:
     if previous is None or previous.suites != run.suites:
         return ()
+    measured = panel.status[judged, panel.run_number(previous.run_id)] != NOT_PLANNED
     return tuple(
-        series.title
-        for series in every
-        if series.key.device_class == run.device_class
-        and series.key.point_id not in planned
-        and series.at(previous.run_id) is not None
+        panel.outline(index).title
+        for index in judged[measured].tolist()
+        if panel.keys[index].device_class == run.device_class
+        and panel.keys[index].point_id not in planned
     )
 
 

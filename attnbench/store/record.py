@@ -18,6 +18,11 @@ from attnbench.workload.identity import short_hash as short_hash
 PROTOCOL_VERSION = 1
 
 
+#: Replicates numbered from here on were measured by the build before the one under test, in turn
+#: with it: rows of another commit or stack, which say nothing of this run's own.
+FIRST_REFERENCE = 200
+
+
 class Status(StrEnum):
     """How a planned point ended. Only OK and NOISY carry samples."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from attnbench.store.journal import Journal, is_live
 from attnbench.store.layout import Layout, row_keys, run_id_of, stored_rows
 from attnbench.store.publish import PublishedFile, chosen_runs, publish
 from attnbench.store.query import parse_select, run_query
+from attnbench.store.record import FIRST_REFERENCE
 from attnbench.store.run import Run as Run
 from attnbench.store.runs import RUN_COLUMNS, RunInfo, list_runs
 from attnbench.store.schema import ROW_KEY, SCHEMA
 from attnbench.store.sealed import SealedFile
 from attnbench.store.sealing import SealedRun, seal_orphans
+from attnbench.store.sources import RunSource, run_sources
 
 #: Column -> the value wanted, or several values any of which will do.
 Where = Mapping[str, Any]
@@ -89,9 +92,12 @@ class ResultsFolder:
         self,
         columns: Sequence[str] | None = None,
         where: Where | pc.Expression | None = None,
+        references: bool = False,
     ) -> pa.Table:
         """Rows as an Arrow table of `schema.SCHEMA` (or its `columns`), in no promised order.
 
+        Without `references` not those of the build before, which are no answer of the run they are
+        in (`record.FIRST_REFERENCE`).
         `where={"backend": "FLASH_ATTN", "status": ["OK", "NOISY"]}` or an Arrow expression.
         Page checksums are verified. Raises UsageError for an unknown column, CorruptDataError,
         SchemaError, or ResultsFolderError if there is no such folder.
@@ -99,6 +105,9 @@ class ResultsFolder:
         names = list(SCHEMA.names if columns is None else columns)
         _check_columns(names)
         expression = _expression(where) if isinstance(where, Mapping) else where
+        if not references:
+            own = pc.field("replicate") < FIRST_REFERENCE
+            expression = own if expression is None else expression & own
         schema = pa.schema([SCHEMA.field(name) for name in names])
         with self._layout.locked(exclusive=False):
             segments, rests = self._layout.readable()
@@ -107,6 +116,21 @@ class ResultsFolder:
                 rows = rest if expression is None else rest.filter(expression)
                 tables.append(rows.select(names))
         return pa.concat_tables([schema.empty_table(), *tables])
+
+    @contextmanager
+    def reading(self) -> Iterator[tuple[RunSource, ...]]:
+        """Every run that `table` reads rows of, for reading one after another.
+
+        Nothing is sealed, merged or compacted meanwhile. Raises as `table` does.
+        """
+        with self._layout.locked(exclusive=False):
+            yield run_sources(self._layout)
+
+    @contextmanager
+    def reading_lock(self) -> Iterator[None]:
+        """Nothing is sealed, merged or compacted while this is held."""
+        with self._layout.locked(exclusive=False):
+            yield
 
     def query(self, sql: str) -> pa.Table:
         """The result of one SELECT in DuckDB's SQL over the view `results`.
@@ -147,7 +171,7 @@ class ResultsFolder:
             table = self.query(sql)
         else:
             chosen_ids = chosen_runs(runs, self._headers(), self.path) if runs else []
-            table = self.table(where={"run_id": chosen_ids} if runs else None)
+            table = self.table(where={"run_id": chosen_ids} if runs else None, references=True)
         export_table(table, target, chosen)
         return int(table.num_rows)
 

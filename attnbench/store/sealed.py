@@ -54,7 +54,7 @@ def write_sealed(path: Path, tables: Iterable[pa.Table], headers: Sequence[RunHe
     with disk.writing(path):
         try:
             _write_parquet(temporary, tables, headers)
-            _insert_digests(temporary)
+            insert_digests(temporary)
             disk.replace_file(temporary, path)
         except Exception:
             if temporary.parent.is_dir():
@@ -107,7 +107,8 @@ def _leaf_paths(schema: pa.Schema) -> Iterator[str]:
             yield field.name
 
 
-def _insert_digests(path: Path) -> None:
+def insert_digests(path: Path) -> None:
+    """Put the block of digests into a Parquet file that was just written."""
     with path.open("r+b") as file:
         size = file.seek(0, 2)
         file.seek(size - _TAIL_SIZE)
@@ -153,7 +154,7 @@ class SealedFile:
         for a Parquet file that is not ours, ResultsFolderError for a file that cannot be read.
         """
         try:
-            body_size, body_digest = _read_block(path)
+            body_size, body_digest = read_digests(path)
             metadata = pq.read_metadata(path)
         except (OSError, pa.ArrowException) as error:
             raise _read_error(path, error) from error
@@ -223,8 +224,8 @@ class SealedFile:
             raise _read_error(self.path, error) from error
 
 
-def _read_block(path: Path) -> tuple[int, bytes]:
-    """Size and digest of the body, once the footer is proved. Raises DataError or OSError."""
+def read_digests(path: Path) -> tuple[int, bytes]:
+    """Size and SHA-256 of the body, once the footer is proved. Raises DataError or OSError."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL_SIZE))

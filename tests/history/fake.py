@@ -123,7 +123,7 @@ def history(runs: int = 12, seed: int = 1, with_confirmations: bool = True) -> l
                 if point == SLOW and run == runs - 1 and with_confirmations:
                     rows += [
                         row(run, 100 + r, backend=backend, workload=text, seconds=level)
-                        for r in range(3)
+                        for r in range(10)
                     ]
     return rows
 

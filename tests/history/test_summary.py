@@ -23,7 +23,7 @@ GOLDEN = """\
 attnbench nightly · 2026-11-20 · cpu-xeon-2c · 0bc0ffe (3 commits since the last run)
 verdict   REGRESSION: 1 confirmed, 1 support change, incomplete     exit 1
 measured  21 points: 19 OK, 1 INCORRECT, 1 UNSUPPORTED  6 min 12 s
-slower    CPU_ATTN decode 16q1s4k llama-3-8b fp32   +27.8 % [+9.1, +49.7]   since 0ac0ffe
+slower    CPU_ATTN decode 16q1s4k llama-3-8b fp32   +27.8 % [+25.6, +30.7]   since 0ac0ffe
           again: attnbench run 16q1s4k --shape llama-3-8b --backend CPU_ATTN --dtype fp32
 changed   FLEX_ATTENTION decode 4q1s4k phi-3-mini fp32: OK -> INCORRECT (max error 0.31)
 failed    FLEX_ATTENTION decode 4q1s4k phi-3-mini fp32 INCORRECT: max error 0.31
@@ -103,10 +103,35 @@ def test_a_wrong_output_is_named_first_on_the_first_night_and_on_every_other() -
 def test_long_lists_are_cut() -> None:
     words = [f"{n}q1s1k dtype=fp32" for n in range(2, 17)]
     rows = [r for w in words for r in timed([1e-3] * 6 + [2e-3], workload=w)]
-    rows += [row(6, 100 + r, workload=w, seconds=2e-3) for w in words for r in range(3)]
+    rows += [row(6, 100 + r, workload=w, seconds=2e-3) for w in words for r in range(10)]
+    # Every other point stays as it was: with most of them slower they would be one alarm.
+    rows += [r for w in words for r in timed([1e-3] * 7, workload=w.replace("q1s1k", "q1s2k"))]
+    rows += [r for w in words for r in timed([1e-3] * 7, workload=w.replace("q1s1k", "q1s4k"))]
     text = text_of([*rows])
     assert "and 12 more: attnbench history" in text
     assert text.count("again: ") == 3
+
+
+def test_a_kernel_that_broke_everywhere_is_told_once() -> None:
+    words = [f"{n}q1s1k dtype=fp32" for n in range(2, 17)]
+    rows = [r for w in words for r in timed([1e-3] * 6 + [2e-3], workload=w)]
+    rows += [row(6, 100 + r, workload=w, seconds=2e-3) for w in words for r in range(10)]
+    rows += timed([1e-3] * 7, workload="2q1k dtype=fp32")
+    rows += timed([1e-3] * 7, backend="TORCH_SDPA", workload="2q1k dtype=fp32")
+    text = text_of([*rows])
+    assert "slower    CPU_ATTN: 15 of 16 series   x2 in the middle   since 06c0ffe" in text
+    assert "worst: CPU_ATTN decode 10q1s1k llama-3-8b fp32   x2 [+100.0, +100.0]" in text
+    assert text.count("again: ") == 1
+
+
+def test_support_lost_by_many_is_told_once() -> None:
+    words = [f"{n}q1s1k dtype=fp32" for n in range(2, 8)]
+    rows = [r for w in words for r in timed([1e-3] * 6, workload=w)]
+    rows += [row(6, workload=w, status="UNSUPPORTED", reasons=("no fp32",)) for w in words]
+    text = text_of([*rows])
+    assert "changed   CPU_ATTN: 6 of 6 series   now UNSUPPORTED   since 06c0ffe" in text
+    assert "OK -> UNSUPPORTED (no fp32)" in text
+    assert text.count("no fp32") == 1
 
 
 def test_a_changed_stack_is_named() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from attnbench.errors import DataError, ExitCode
+from attnbench.history.confirm import ROUNDS
 from attnbench.history.rule import Reason, Verdict, VerdictSettings
 from attnbench.history.verdict import Judgement, judge
 from attnbench.store.record import Measurement, point_id
@@ -18,7 +19,9 @@ Rows = list[Measurement]
 
 
 def again(run: int, level: float, **more: Any) -> Rows:
-    return [row(run, 100 + r, seconds=level * (1 + 0.01 * (r - 1)), **more) for r in range(3)]
+    return [
+        row(run, 100 + r, seconds=level * (1 + 0.01 * (r % 3 - 1)), **more) for r in range(ROUNDS)
+    ]
 
 
 def judged(rows: Rows, **options: Any) -> Judgement:
@@ -40,7 +43,7 @@ SCENARIOS: dict[Reason, Callable[[], tuple[Rows, Verdict]]] = {
     Reason.FASTER_THAN_FLOOR: lambda: (timed([*FLAT, 0.6e-3]), Verdict.IMPROVEMENT),
     Reason.NOT_CONFIRMED_YET: lambda: (timed([*FLAT, 1.5e-3]), Verdict.UNDECIDED),
     Reason.CONFIRMED: lambda: (timed([*FLAT, 1.5e-3]) + again(6, 1.5e-3), Verdict.REGRESSION),
-    Reason.NOT_CONFIRMED: lambda: (timed([*FLAT, 1.5e-3]) + again(6, 1e-3), Verdict.UNDECIDED),
+    Reason.NOT_CONFIRMED: lambda: (timed([*FLAT, 1.5e-3]) + again(6, 1e-3), Verdict.UNCHANGED),
     Reason.INTERVAL_TOO_WIDE: lambda: (
         timed([1e-3, 1.5e-3, 0.7e-3, 1.3e-3, 0.8e-3, 1.6e-3]),
         Verdict.UNDECIDED,
@@ -113,7 +116,7 @@ def test_a_suspicion_is_flagged_and_ends_with_a_second_look_within_the_floor() -
     (ended,) = judged(noisy + again(5, 1.0e-3)).verdicts
     assert (ended.verdict, ended.reasons) == (
         Verdict.UNCHANGED,
-        (Reason.WITHIN_NOISE, Reason.NOT_CONFIRMED),
+        (Reason.NOT_CONFIRMED, Reason.WITHIN_NOISE),
     )
     (still,) = judged(noisy + again(5, 1.6e-3)).verdicts
     assert (still.verdict, still.is_flagged) == (Verdict.UNDECIDED, False)
