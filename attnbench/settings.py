@@ -58,10 +58,26 @@ class Settings:
         default=30, metadata={"help": "days after its oldest measurement that a choice holds"}
     )
 
+    acknowledgements: Path = field(
+        default=Path("acknowledged.toml"),
+        metadata={"help": "file of alarms that are known and accepted until a day"},
+    )
+    stale_nights: int = field(
+        default=7,
+        metadata={
+            "help": "nights without a row of a backend, its workload measured, that are an alarm"
+        },
+    )
+
     @property
     def matrix_file(self) -> Path:
         """Where a nightly leaves the selection matrix for the pages."""
         return self.results / "matrix.json"
+
+    @property
+    def answers(self) -> Path:
+        """Where answers of `itl` and `choose` are saved for the pages."""
+        return self.results / "answers"
 
 
 def find_settings_file(start: Path | None = None) -> Path | None:

@@ -26,8 +26,10 @@ def dashboard(
     format: FormatOption = Format.TABLE,
 ) -> None:
     """Write the pages; they open from disk, with no server. Prints where index.html is."""
+    from attnbench.cli.page_values import page_values
     from attnbench.dashboard import load_pages, read_matrix, render
-    from attnbench.history import judge, runs_of
+    from attnbench.history import judge
+    from attnbench.history.panel import Panel
     from attnbench.settings import load_settings
     from attnbench.store import ResultsFolder
 
@@ -35,20 +37,19 @@ def dashboard(
     if results is not None:
         settings = replace(settings, results=results)
     folder = ResultsFolder(settings.results)
-    table = folder.table()
-    runs = runs_of(table)
-    published = folder.published_runs()
-    judgement = judge(table, run or None, published=published)
+    panel = Panel.of(folder)
+    judgement = judge(panel, run or None)
     shard = str(folder.header(judgement.run.run_id).options.get("shard", ""))
     judgement = replace(judgement, shard=shard)
+    pages = load_pages(config, settings.dashboards)
     index = render(
-        table,
-        runs,
+        panel,
+        panel.runs,
         judgement,
         site if site is not None else settings.site,
         matrix=read_matrix(settings.matrix_file),
-        pages=load_pages(config, settings.dashboards),
+        pages=pages,
         ceilings=folder.ceilings(),
-        published=published,
+        **page_values(folder, settings, pages.runs),
     )
-    emit([{"page": str(index), "runs": len(runs), "rows": table.num_rows}], format)
+    emit([{"page": str(index), "runs": panel.num_runs, "series": panel.num_series}], format)

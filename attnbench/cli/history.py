@@ -83,6 +83,9 @@ HISTORY_COLUMNS = (
     "since",
     "reasons",
 )
+_READ_TOGETHER = 512
+"""Series whose values are held at once: every run is read once for so many."""
+
 LEVEL_COLUMNS = ("backend", "workload", "metric", "device")
 
 
@@ -106,36 +109,40 @@ def history(
 ) -> None:
     """List every series with the verdict on its newest run, its levels, or the best backends."""
     from attnbench.history.best import BEST_COLUMNS, best_backends, best_row
+    from attnbench.history.night import judge_panel
+    from attnbench.history.panel import Panel
     from attnbench.history.rule import VerdictSettings
-    from attnbench.history.series import Axis, series_of
-    from attnbench.history.series_verdict import judge_series
-    from attnbench.history.verdict import NEEDED_COLUMNS
+    from attnbench.history.series import Axis
 
     if by not in ("series", "backend", *Axis):
         raise UsageError(f"--by {by!r} is not known; use one of series, commit, stack, backend")
     if by == "backend" and metric:
         raise UsageError("--by backend compares metric attention; leave out --metric beside it")
     settings = VerdictSettings(metrics=_metrics(metric))
-    folder = _folder(results)
-    table = folder.table(NEEDED_COLUMNS)
-    every = series_of(table, settings.metrics, folder.published_runs())
+    panel = Panel.of(_folder(results))
+    every = panel.with_metrics(settings.metrics).tolist()
+    backends = {b.upper() for b in backend or ()}
     chosen = [
-        s
-        for s in every
-        if (not backend or s.identity["backend"] in {b.upper() for b in backend})
-        and workload in s.identity["workload"]
+        index
+        for index in every
+        if (not backends or panel.outline(index).identity["backend"] in backends)
+        and workload in panel.outline(index).identity["workload"]
     ]
     if not chosen:
-        known = ", ".join(sorted({s.identity["backend"] for s in every})) or "none"
+        known = ", ".join(sorted({panel.outline(i).identity["backend"] for i in every})) or "none"
         note(f"no series of {len(every)} match; backends stored: {known}")
     if by == "series":
-        verdicts = [judge_series(s, s.newest, settings) for s in chosen]
+        verdicts = judge_panel(panel, chosen, panel.newest[chosen], settings)
         emit([verdict_row(v) for v in verdicts], format, HISTORY_COLUMNS)
     elif by == "backend":
-        emit([best_row(best) for best in best_backends(chosen)], format, BEST_COLUMNS)
+        bests = best_backends(panel.all_series(chosen))
+        emit([best_row(best) for best in bests], format, BEST_COLUMNS)
     else:
         axis = Axis(by)
-        rows = [row for s in chosen for row in _level_rows(s, axis)]
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(chosen), _READ_TOGETHER):
+            for series in panel.all_series(chosen[start : start + _READ_TOGETHER]):
+                rows += _level_rows(series, axis)
         columns = (*LEVEL_COLUMNS, str(axis), "first_run", "runs", "status", "median_us", "change")
         emit(rows, format, columns)
 

@@ -63,6 +63,7 @@ def nightly(
     format: FormatOption = Format.TABLE,
 ) -> None:
     """Measure the suites, store, judge against earlier runs, confirm what looks slower, render."""
+    from attnbench.cli.page_values import page_values
     from attnbench.cli.sweeping import (
         Sweep,
         choose_suites,
@@ -71,7 +72,8 @@ def nightly(
         requested_backends,
     )
     from attnbench.dashboard import load_pages, render, write_matrix
-    from attnbench.history import NEEDED_COLUMNS, judge, runs_of, summary_markdown, summary_text
+    from attnbench.history import judge, summary_markdown, summary_text
+    from attnbench.history.panel import Panel
     from attnbench.history.series import FIRST_CONFIRMATION
     from attnbench.measure import make_plan
     from attnbench.measure.shard import take_shard
@@ -107,10 +109,8 @@ def nightly(
         duration_s = sweep.measure("measuring").duration_s
         planned = [point.point_id for point in sweep.plan]
         run_id = sweep.header.run_id
-        published = folder.published_runs()
-        judgement = judge(
-            folder.table(NEEDED_COLUMNS), run_id, planned=planned, published=published
-        )
+        panel = Panel.of(folder)
+        judgement = judge(panel, run_id, planned=planned)
         # A night that was stopped while it confirmed goes on with what it had begun to confirm.
         flagged = set(judgement.flagged_points()) | _confirmed_points(folder, run_id)
         if flagged:
@@ -122,9 +122,8 @@ def nightly(
                 replicates=max(MIN_CONFIRMATIONS, sweep.options.replicates),
             )
             duration_s += sweep.again(again, confirm).measure("confirming").duration_s
-            judgement = judge(
-                folder.table(NEEDED_COLUMNS), run_id, planned=planned, published=published
-            )
+            panel = Panel.of(folder)
+            judgement = judge(panel, run_id, planned=planned)
     if sweep.options.shard:
         judgement = replace(judgement, dropped=(), shard=sweep.options.shard)
 
@@ -136,17 +135,17 @@ def nightly(
         "commits_since": _commits_since(judgement),
     }
     markdown = summary_markdown(judgement, **facts)
-    table = folder.table()
+    pages = load_pages(folder=settings.dashboards)
     render(
-        table,
-        runs_of(table),
+        panel,
+        panel.runs,
         judgement,
         settings.site,
         matrix=cells,
-        pages=load_pages(folder=settings.dashboards),
+        pages=pages,
         summary=markdown,
         ceilings=folder.ceilings(),
-        published=published,
+        **page_values(folder, settings, pages.runs),
     )
     if format is Format.TABLE:
         print(summary_text(judgement, color=sys.stdout.isatty(), **facts))

@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attnbench.dashboard.answers import Answers as Answers
+    from attnbench.dashboard.answers import read_answers as read_answers
     from attnbench.dashboard.pages import Pages as Pages
     from attnbench.dashboard.pages import load_pages as load_pages
     from attnbench.dashboard.pages import read_matrix as read_matrix
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from attnbench.dashboard.site import render as render
 
 _HOMES = {
+    "Answers": "answers",
+    "read_answers": "answers",
     "Pages": "pages",
     "load_pages": "pages",
     "read_matrix": "pages",

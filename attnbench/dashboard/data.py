@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from attnbench.dashboard.json_text import column_text
+from attnbench.dashboard.series_files import chunk_digits
 from attnbench.history.derived import QUANTITIES
+from attnbench.history.night import judge_panel
+from attnbench.history.panel import Panel
 from attnbench.history.roofline import roofline
 from attnbench.history.rule import VerdictSettings
 from attnbench.history.runs import RunSummary, environment_change
-from attnbench.history.series import RunValue, Series, sample_statistics
-from attnbench.history.series_verdict import SeriesVerdict, judge_series
+from attnbench.history.series import RunValue, Series, sample_arrays
+from attnbench.history.series_verdict import SeriesVerdict
 from attnbench.history.summary import repro_command
 from attnbench.history.verdict import Judgement
 from attnbench.store.ceilings import Ceilings
-
-#: A chunk of series is one file, loaded when one of its series is opened: about this many in each.
-_CHUNK_SERIES = 40
 
 _IDENTITY_SHOWN = (
     "backend",
@@ -56,6 +56,16 @@ _INDEX_TEXTS = (
     "status",
 )
 
+_SIDE_COLUMNS = (
+    "batch_spec",
+    "phase",
+    "num_reqs",
+    "num_tokens",
+    "num_layers",
+    "flops",
+    "bytes_moved",
+)
+
 _CONDITION_COLUMNS = (
     "backend",
     "variant",
@@ -76,32 +86,47 @@ _CONDITION_COLUMNS = (
 
 
 def verdicts_of(
-    every: Sequence[Series], judgement: Judgement, settings: VerdictSettings
+    panel: Panel, judgement: Judgement, settings: VerdictSettings
 ) -> dict[str, SeriesVerdict]:
     """Series id -> verdict: the judged run's where it measured the series, else of its newest run.
 
     Only the judged metrics have one.
     """
     found = {verdict.series.id: verdict for verdict in judgement.verdicts}
-    for series in every:
-        if series.id not in found and series.key.metric in settings.metrics:
-            found[series.id] = judge_series(series, series.newest, settings)
+    judged = panel.with_metrics(settings.metrics)
+    others = [index for index in judged.tolist() if panel.ids[index] not in found]
+    if others:
+        rest = judge_panel(panel, others, panel.newest[others], settings)
+        found.update((verdict.series.id, verdict) for verdict in rest)
     return found
 
 
-def chunk_digits(num_series: int) -> int:
-    """How many digits of a series' id name its chunk."""
-    digits = 0
-    while digits < 4 and num_series > _CHUNK_SERIES * 16**digits:
-        digits += 1
-    return digits
+def newest_values(panel: Panel, verdicts: Mapping[str, SeriesVerdict]) -> list[RunValue]:
+    """Each series' newest value, those that verdicts hold not read again."""
+    found: dict[int, RunValue] = {}
+    for index, name in enumerate(panel.ids):
+        verdict = verdicts.get(name)
+        newest = panel.runs[panel.newest[index]].run_id
+        if verdict is not None and verdict.subject.run_id == newest:
+            found[index] = verdict.subject
+    rest = np.array([i for i in range(panel.num_series) if i not in found], np.int64)
+    for run in np.unique(panel.newest[rest]).tolist():
+        own = rest[panel.newest[rest] == run]
+        found.update(zip(own.tolist(), panel.values_of_run(own, run), strict=True))
+    return [found[index] for index in range(panel.num_series)]
 
 
 def index_data(
-    every: Sequence[Series], verdicts: Mapping[str, SeriesVerdict], title: str
+    panel: Panel,
+    verdicts: Mapping[str, SeriesVerdict],
+    newest: Sequence[RunValue],
+    title: str,
 ) -> dict[str, Any]:
     """One entry per series, by column; repeated texts are kept once."""
-    rows = [_index_row(series, verdicts.get(series.id)) for series in every]
+    rows = [
+        _index_row(panel.outline(index), value, verdicts.get(panel.ids[index]))
+        for index, value in enumerate(newest)
+    ]
     columns: dict[str, Any] = {
         name: _dictionary([row[name] for row in rows]) for name in _INDEX_TEXTS
     }
@@ -109,8 +134,8 @@ def index_data(
         columns[name] = [row[name] for row in rows]
     return {
         "title": title,
-        "chunk_digits": chunk_digits(len(every)),
-        "count": len(every),
+        "chunk_digits": chunk_digits(panel.num_series),
+        "count": panel.num_series,
         "columns": columns,
         "quantities": {
             str(name): {
@@ -124,25 +149,23 @@ def index_data(
     }
 
 
-def series_chunks(
-    every: Sequence[Series],
-    verdicts: Mapping[str, SeriesVerdict],
-    run_index: Mapping[str, int],
-) -> dict[str, dict[str, Any]]:
-    """Chunk name -> series id -> everything the series page shows."""
-    digits = chunk_digits(len(every))
-    chunks: dict[str, dict[str, Any]] = defaultdict(dict)
-    for series in every:
-        verdict = verdicts.get(series.id)
-        chunks[series.id[:digits]][series.id] = {
-            "key": series.key._asdict(),
-            "identity": {name: series.identity[name] for name in _IDENTITY_SHOWN},
-            "title": series.title,
-            "again": repro_command(series.identity),
-            "verdict": verdict_data(verdict, run_index) if verdict else None,
-            "values": [_value_data(value, run_index) for value in series.values],
-        }
-    return dict(chunks)
+def series_heads(
+    panel: Panel, verdicts: Mapping[str, SeriesVerdict], run_index: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Everything that the series page shows of each series but its values."""
+    heads = []
+    for index, name in enumerate(panel.ids):
+        series, verdict = panel.outline(index), verdicts.get(name)
+        heads.append(
+            {
+                "key": series.key._asdict(),
+                "identity": {name: series.identity[name] for name in _IDENTITY_SHOWN},
+                "title": series.title,
+                "again": repro_command(series.identity),
+                "verdict": verdict_data(verdict, run_index) if verdict else None,
+            }
+        )
+    return heads
 
 
 def verdict_data(verdict: SeriesVerdict, run_index: Mapping[str, int]) -> dict[str, Any]:
@@ -197,7 +220,8 @@ def runs_data(
 
 
 def backends_data(
-    every: Sequence[Series],
+    panel: Panel,
+    newest: Sequence[RunValue],
     run_index: Mapping[str, int],
     ceilings: Mapping[str, Ceilings],
 ) -> list[dict[str, Any]]:
@@ -205,42 +229,46 @@ def backends_data(
 
     `attainable_s` is by the ceilings of the value's own run; None where they are not known.
     """
-    return [
-        {
-            "id": series.id,
-            "group": _group_of(series),
-            "device": series.key.device_class,
-            "how": how_text(series),
-            "batch_spec": series.identity["batch_spec"],
-            "phase": series.identity["phase"],
-            "num_reqs": series.identity["num_reqs"],
-            "num_tokens": series.identity["num_tokens"],
-            "num_layers": series.identity["num_layers"],
-            "flops": series.identity["flops"],
-            "bytes_moved": series.identity["bytes_moved"],
-            "attainable_s": _attainable_s(series, ceilings),
-            "backend": _backend_name(series),
-            "median_s": series.newest.median_s if series.newest.is_timed else None,
-            "status": str(series.newest.status),
-            "reasons": list(series.newest.reasons),
-            "run": run_index[series.newest.run_id],
-        }
-        for series in every
-        if series.key.metric == "attention"
-    ]
+    rows = []
+    for index in panel.with_metrics(("attention",)).tolist():
+        series, value = panel.outline(index), newest[index]
+        limits = roofline(series.identity, ceilings.get(value.run_id))
+        rows.append(
+            {
+                "id": panel.ids[index],
+                "group": _group_of(series),
+                "device": series.key.device_class,
+                "how": how_text(series),
+                **{name: series.identity[name] for name in _SIDE_COLUMNS},
+                "attainable_s": limits.attainable_s if limits else None,
+                "backend": _backend_name(series),
+                "median_s": value.median_s if value.is_timed else None,
+                "status": str(value.status),
+                "reasons": list(value.reasons),
+                "run": run_index[value.run_id],
+            }
+        )
+    return rows
 
 
-def conditions_data(table: pa.Table, run_id: str) -> dict[str, Any]:
-    """What a run's rows say of the machine and of the measuring."""
-    rows = table.filter(pc.equal(table["run_id"], run_id)).sort_by("started_at")
-    medians, noise, counts = sample_statistics(rows["samples"])
-    columns: dict[str, list[Any]] = {name: rows[name].to_pylist() for name in _CONDITION_COLUMNS}
-    columns["median_s"] = list(medians)
-    columns["noise"] = list(noise)
-    columns["samples"] = list(counts)
-    for side in ("before", "after"):
-        columns[side] = [dict(pairs or ()) for pairs in rows[f"conditions_{side}"].to_pylist()]
-    return columns
+def conditions_text(rows: pa.Table) -> str:
+    """What a run's rows say of the machine and of the measuring, as JSON; by column."""
+    rows = rows.sort_by("started_at")
+    medians, noise, counts = sample_arrays(rows["samples"])
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {
+        name: rows[name] for name in _CONDITION_COLUMNS
+    }
+    columns["median_s"] = pa.array(medians)
+    columns["noise"] = pa.array(noise)
+    columns["samples"] = pa.array(counts)
+    columns["before"] = rows["conditions_before"]
+    columns["after"] = rows["conditions_after"]
+    texts = (f'"{name}":{column_text(column)}' for name, column in columns.items())
+    return "{" + ",".join(texts) + "}"
+
+
+#: Columns that `conditions_text` reads.
+CONDITION_COLUMNS = (*_CONDITION_COLUMNS, "samples", "conditions_before", "conditions_after")
 
 
 def how_text(series: Series) -> str:
@@ -262,18 +290,12 @@ def _group_of(series: Series) -> str:
     return " ".join([str(shape), str(identity["dtype"]), *rest])
 
 
-def _attainable_s(series: Series, ceilings: Mapping[str, Ceilings]) -> float | None:
-    found = roofline(series.identity, ceilings.get(series.newest.run_id))
-    return found.attainable_s if found else None
-
-
 def _backend_name(series: Series) -> str:
     variant = series.identity["variant"]
     return f"{series.identity['backend']}{f' [{variant}]' if variant else ''}"
 
 
-def _index_row(series: Series, verdict: SeriesVerdict | None) -> dict[str, Any]:
-    newest = series.newest
+def _index_row(series: Series, newest: RunValue, verdict: SeriesVerdict | None) -> dict[str, Any]:
     return {
         "id": series.id,
         "backend": _backend_name(series),
@@ -284,26 +306,17 @@ def _index_row(series: Series, verdict: SeriesVerdict | None) -> dict[str, Any]:
         "metric": series.key.metric,
         "device": series.key.device_class,
         "how": how_text(series),
-        "latest_s": newest.median_s if newest.is_timed else None,
-        "ratio": verdict.estimate.ratio if verdict and verdict.estimate else None,
+        "latest_s": _short(newest.median_s) if newest.is_timed else None,
+        "ratio": _short(verdict.estimate.ratio) if verdict and verdict.estimate else None,
         "verdict": str(verdict.verdict) if verdict else "",
         "status": str(newest.status),
         "runs": len(series.values),
     }
 
 
-def _value_data(value: RunValue, run_index: Mapping[str, int]) -> list[Any]:
-    """[run, status, replicates, confirmations, noise, samples, discarded, reasons]."""
-    return [
-        run_index[value.run_id],
-        str(value.status),
-        list(value.replicates),
-        list(value.confirmations),
-        value.noise,
-        value.num_samples,
-        value.discarded,
-        list(value.reasons),
-    ]
+def _short(value: float | None) -> float | None:
+    """The index has every series and is in the overview; the series page has all digits."""
+    return None if value is None else float(f"{value:.5g}")
 
 
 def _dictionary(values: Sequence[str]) -> dict[str, Any]:

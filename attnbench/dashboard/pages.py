@@ -21,6 +21,8 @@ PAGE_TITLES: Mapping[str, str] = {
     "overview": "Overview",
     "series": "Series",
     "backends": "Backends",
+    "choices": "Choices",
+    "traffic": "Traffic",
     "matrix": "Selection matrix",
     "conditions": "Conditions",
 }
@@ -32,7 +34,7 @@ class Pages:
 
     Attributes:
         title: shown on every page.
-        pages: the pages to write, of overview, series, backends, matrix, conditions.
+        pages: the pages to write, of `PAGE_TITLES`; those that have nothing to show are left out.
         runs: how many of the newest runs get a conditions page.
     """
 

@@ -24,7 +24,12 @@ def to_json(value: Any) -> str:
 
 def data_script(name: str, value: Any) -> str:
     """The text of the data file `name`: it assigns `value` to `attnbenchData[name]`."""
-    return f"(window.{GLOBAL}=window.{GLOBAL}||{{}})[{to_json(name)}]={to_json(value)};\n"
+    return text_script(name, to_json(value))
+
+
+def text_script(name: str, text: str) -> str:
+    """The same of a value that is JSON already, as `to_json` writes it."""
+    return f"(window.{GLOBAL}=window.{GLOBAL}||{{}})[{to_json(name)}]={text};\n"
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from attnbench.dashboard import data
+from attnbench.dashboard.answers import Answers
+from attnbench.dashboard.data_files import DataFiles
 from attnbench.dashboard.overview import overview_context
 from attnbench.dashboard.pages import PAGE_TITLES, Pages, write_text_atomically
-from attnbench.dashboard.script import data_script
+from attnbench.dashboard.script import to_json
+from attnbench.dashboard.series_files import chunks_of, newer_files, older_files
 from attnbench.errors import DataError, InfrastructureError
+from attnbench.history.panel import Panel
 from attnbench.history.rule import VerdictSettings
 from attnbench.history.runs import RunSummary
-from attnbench.history.series import Series, series_of
 from attnbench.history.verdict import Judgement
 from attnbench.store.ceilings import Ceilings
 from attnbench.store.disk import write_error
@@ -28,11 +32,14 @@ if TYPE_CHECKING:
 UPGRADE_FILE = "upgrade.html"
 """The page that `attnbench upgrade --html` may have left in the folder; it gets a link."""
 
+_DATA = ("index", "runs", "series", "values", "backends", "choices", "traffic", "matrix", "run")
+_SCRIPTS = {"choices": ("choices.js", "choices-regret.js", "choices-advice.js")}
+"""Scripts of a page that has more than the one of its name."""
 _ASSETS = ("common.js", "charts.js", "style.css")
 
 
 def render(
-    table: pa.Table,
+    history: Panel | pa.Table,
     runs: Sequence[RunSummary],
     judgement: Judgement,
     out: Path,
@@ -43,30 +50,35 @@ def render(
     summary: str | None = None,
     ceilings: Mapping[str, Ceilings] | None = None,
     published: Collection[str] = (),
+    choices: Mapping[str, Any] | None = None,
+    answers: Answers | None = None,
 ) -> Path:
-    """Write the pages of `table` into `out` and give the path of index.html.
+    """Write the pages of `history` into `out` and give the path of index.html.
 
-    `table` has all columns of the record, `runs` is `runs_of(table)`; `matrix` is rows of the
+    `history` is a panel, or a table with all columns of the record and `published`, the ids of its
+    published runs, which are marked; `runs` are its runs, oldest first; `matrix` is rows of the
     selection matrix (`attnbench matrix --format json`); `summary` is Markdown that is left beside
-    index.html as summary.md; `ceilings` is `ResultsFolder.ceilings()`, `published` its
-    `published_runs()`, which are marked. Files of an earlier rendering are replaced.
+    index.html as summary.md; `ceilings` is `ResultsFolder.ceilings()`; `choices` is who wins where
+    and the default's regret (`attnbench.choose.maps`), `answers` what was saved of `itl` and
+    `choose`: where there is nothing of these, their pages are not written. Files of an earlier
+    rendering are replaced; those of older values and of runs only where they would differ.
     Raises InfrastructureError on a full disk, DataError if `out` cannot be written.
     """
-    pages = pages or Pages()
+    optional = _optional(choices or {}, answers or Answers())
+    pages = _with_content(pages or Pages(), optional)
     settings = settings or VerdictSettings()
-    every = series_of(table, published=published)
+    panel = history if isinstance(history, Panel) else Panel.of_table(history, published)
     try:
         index = _write(
-            table,
+            panel,
             list(runs),
             judgement,
             out,
-            every,
             matrix,
             pages,
             settings,
             ceilings or {},
-            published,
+            optional,
         )
         if summary is not None:
             write_text_atomically(out / "summary.md", summary)
@@ -84,34 +96,47 @@ def render(
 
 
 def _write(
-    table: pa.Table,
+    panel: Panel,
     runs: list[RunSummary],
     judgement: Judgement,
     out: Path,
-    every: Sequence[Series],
     matrix: Sequence[Mapping[str, Any]] | None,
     pages: Pages,
     settings: VerdictSettings,
     ceilings: Mapping[str, Ceilings],
-    published: Collection[str],
+    optional: Mapping[str, Mapping[str, Any]],
 ) -> Path:
     run_index = {run.run_id: number for number, run in enumerate(runs)}
-    verdicts = data.verdicts_of(every, judgement, settings)
+    published = {run.run_id for run, theirs in zip(runs, panel.is_published, strict=True) if theirs}
+    verdicts = data.verdicts_of(panel, judgement, settings)
+    newest = data.newest_values(panel, verdicts)
     scripts: dict[str, Any] = {
-        "index": data.index_data(every, verdicts, pages.title),
+        "index": data.index_data(panel, verdicts, newest, pages.title),
         "runs": data.runs_data(runs, pages.runs, published),
     }
-    if pages.shows("series"):
-        for chunk, content in data.series_chunks(every, verdicts, run_index).items():
-            scripts[f"series-{chunk or 'all'}"] = content
     if pages.shows("backends"):
-        scripts["backends"] = data.backends_data(every, run_index, ceilings)
+        scripts["backends"] = data.backends_data(panel, newest, run_index, ceilings)
     if pages.shows("matrix"):
         scripts["matrix"] = [dict(row) for row in matrix or ()]
-    if pages.shows("conditions"):
-        for run in runs[-pages.runs :]:
-            scripts[f"run-{run_index[run.run_id]}"] = data.conditions_data(table, run.run_id)
-    _write_scripts(out / "data", scripts)
+    scripts |= {name: value for name, value in optional.items() if pages.shows(name)}
+    _remove_left_over(out, pages)
+    with DataFiles(out / "data", _DATA) as files:
+        for name, value in scripts.items():
+            files.write(name, to_json(value))
+        if pages.shows("series"):
+            chunks = chunks_of(panel)
+            split = [chunk for chunk in chunks if chunk.is_split]
+            stale = [c for c in split if not files.keep(f"values-{c.name}", c.stamp)]
+            for name, text in older_files(stale):
+                files.write(name, text)
+            heads = data.series_heads(panel, verdicts, run_index)
+            for name, text in newer_files(chunks, heads):
+                files.write(name, text)
+        if pages.shows("conditions"):
+            for number in range(max(0, len(runs) - pages.runs), len(runs)):
+                if not files.keep(f"run-{number}", panel.stamp(number)):
+                    rows = panel.rows(number, data.CONDITION_COLUMNS)
+                    files.write(f"run-{number}", data.conditions_text(rows))
     _write_assets(out / "assets", pages)
     environment = jinja_environment()
     context = {
@@ -127,24 +152,36 @@ def _write(
     return out / "index.html"
 
 
+def _optional(choices: Mapping[str, Any], answers: Answers) -> dict[str, dict[str, Any]]:
+    """Data of the pages that are there only where there is something to show."""
+    shown = {name: list(choices.get(name, ())) for name in ("maps", "regret")}
+    return {
+        "choices": {**shown, "advice": list(answers.advice)},
+        "traffic": {"answers": list(answers.traffic)},
+    }
+
+
+def _with_content(pages: Pages, optional: Mapping[str, Mapping[str, Any]]) -> Pages:
+    shown = [page for page in pages.pages if any(optional.get(page, {"": True}).values())]
+    return replace(pages, pages=tuple(shown))
+
+
+def _remove_left_over(out: Path, pages: Pages) -> None:
+    """A page of an earlier rendering that has nothing to show any more."""
+    for page in ("choices", "traffic"):
+        if not pages.shows(page) and (out / "data" / f"{page}.js").is_file():
+            (out / _file_of(page)).unlink(missing_ok=True)
+
+
 def _file_of(page: str) -> str:
     return "index.html" if page == "overview" else f"{page}.html"
-
-
-def _write_scripts(folder: Path, scripts: Mapping[str, Any]) -> None:
-    """Only our own files of an earlier rendering go: `out` may be anybody's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.js"):
-        if old.stem.partition("-")[0] in ("index", "runs", "series", "backends", "matrix", "run"):
-            old.unlink()
-    for name, value in scripts.items():
-        (folder / f"{name}.js").write_text(data_script(name, value), encoding="ascii")
 
 
 def _write_assets(folder: Path, pages: Pages) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     ours = resources.files("attnbench.dashboard") / "assets"
-    for name in (*_ASSETS, *(f"{page}.js" for page in pages.pages)):
+    own = [name for page in pages.pages for name in _SCRIPTS.get(page, (f"{page}.js",))]
+    for name in (*_ASSETS, *own):
         (folder / name).write_bytes((ours / name).read_bytes())
     # Imported for its file only: plotly's Python side builds no figure here.
     with resources.as_file(resources.files("plotly") / "package_data" / "plotly.min.js") as script:

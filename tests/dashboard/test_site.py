@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from attnbench.dashboard import Pages, render
-from attnbench.dashboard.data import chunk_digits
+from attnbench.dashboard.series_files import chunk_digits
 from attnbench.errors import DataError, ExitCode, InfrastructureError
 from attnbench.history.runs import runs_of
 from attnbench.history.verdict import judge

@@ -38,6 +38,12 @@ function loadData(name) {
   return loading[name];
 }
 
+// Long columns name their distinct values once.
+function unpacked(columns) {
+  const plainColumn = (column) => (Array.isArray(column) ? column : column.at.map((at) => column.words[at]));
+  return Object.fromEntries(Object.entries(columns).map(([name, column]) => [name, plainColumn(column)]));
+}
+
 // The index as one object per series; texts are stored once and pointed at.
 function indexRows() {
   const { columns, count } = data().index;

@@ -113,7 +113,7 @@ async function route() {
   $("run").value = String(current);
   details = null;
   try {
-    if (run.conditions) details = await loadData(`run-${current}`);
+    if (run.conditions) details = unpacked(await loadData(`run-${current}`));
   } catch (error) {
     details = null;
   }

@@ -246,7 +246,13 @@ async function route() {
   const known = /^[0-9a-f]{16}$/.test(state.id);
   let chunk = null;
   try {
-    chunk = known ? await loadData(`series-${state.id.slice(0, data().index.chunk_digits) || "all"}`) : null;
+    const name = state.id.slice(0, data().index.chunk_digits) || "all";
+    chunk = known ? await loadData(`series-${name}`) : null;
+    // Values of the older runs have a file of their own, which does not change every night.
+    if (chunk && chunk[state.id] && chunk[state.id].older) {
+      const older = (await loadData(`values-${name}`))[state.id] || [];
+      chunk[state.id] = { ...chunk[state.id], older: false, values: [...older, ...chunk[state.id].values] };
+    }
   } catch (error) {
     chunk = null;
   }
