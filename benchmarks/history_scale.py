@@ -83,22 +83,26 @@ def measure(folder: Path, num_series: int, nights: int, seed: int) -> None:
         shutil.move(file, results / "runs" / file.name)
     lines.append(("judge, a night more", "", _fresh("judge", folder)))
     lines.append(("pages, a night more", "<= 5 s", _fresh("pages", folder)))
-    print(f"| {'what':<22} | {'seconds':>8} | {'peak MB':>8} | {'target':<16} | found")
-    print(f"|{'-' * 24}|{'-' * 9}:|{'-' * 9}:|{'-' * 18}|{'-' * 6}")
+    print(
+        f"| {'what':<22} | {'seconds':>8} | {'CPU s':>6} | {'peak MB':>8} | {'target':<16} | found"
+    )
+    print(f"|{'-' * 24}|{'-' * 9}:|{'-' * 7}:|{'-' * 9}:|{'-' * 18}|{'-' * 6}")
     for what, target, told in lines:
         seconds, peak = f"{told['seconds']:8.2f}", f"{told['peak_mb']:8.0f}"
-        print(f"| {what:<22} | {seconds} | {peak} | {target:<16} | {told['found']}")
+        cpu = f"{told['cpu']:6.2f}"
+        print(f"| {what:<22} | {seconds} | {cpu} | {peak} | {target:<16} | {told['found']}")
 
 
 def _fresh(step: str, folder: Path) -> dict[str, Any]:
-    """One step in its own process: its wall time with imports, and the most memory it held."""
+    """One step in its own process: wall and processor time with imports, most memory held."""
     command = [sys.executable, __file__, "--step", step, "--folder", str(folder)]
-    start = time.perf_counter()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if done.returncode:
         raise SystemExit(f"{step}: {done.stderr.strip()[-2000:]}")
-    return {"seconds": seconds, **json.loads(done.stdout)}
+    return {"seconds": seconds, "cpu": cpu, **json.loads(done.stdout)}
 
 
 def run_step(step: str, folder: Path) -> None:

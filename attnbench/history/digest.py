@@ -30,6 +30,7 @@ from attnbench.history.series import (
     SeriesKey,
     sample_arrays,
     split_references,
+    with_times_only,
 )
 from attnbench.store.record import SERIES_KEY, Status
 from attnbench.store.schema import SCHEMA
@@ -108,7 +109,7 @@ def digest_of(run_id: str, rows: pa.Table) -> pa.Table:
     `rows` are all rows of the run with the columns `verdict.NEEDED_COLUMNS`; one or more are of its
     own build.
     """
-    rows, other = split_references(rows)
+    rows, other = split_references(with_times_only(rows))
     summary = to_json(summary_of_run(run_id, rows))
     groups, first = group_numbers(rows, SERIES_KEY)
     ids = series_numbers(rows.select(SERIES_KEY).take(pa.array(first)))
@@ -127,8 +128,8 @@ def digest_of(run_id: str, rows: pa.Table) -> pa.Table:
 
     # All arrays by series, then replicate, from here on; `order` points into the rows.
     order = np.lexsort((replicate, groups))
-    groups, grave, timed, replicate = (of[order] for of in (groups, grave, timed, replicate))
-    medians, noise, counts = (of[order] for of in (medians, noise, counts))
+    groups, grave, timed, replicate = groups[order], grave[order], timed[order], replicate[order]
+    medians, noise, counts = medians[order], noise[order], counts[order]
     is_first_look = timed & (counts > 0) & (replicate < FIRST_CONFIRMATION)
     is_again = timed & (counts > 0) & (replicate >= FIRST_CONFIRMATION)
     known_noise = ~np.isnan(noise)

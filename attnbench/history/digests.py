@@ -1,17 +1,18 @@
 """Digests kept beside the runs they follow from: `<results>/.digests/<run id>.parquet`.
 
 A kept digest counts only if it carries the stamp of its run (`RunSource.stamp`: the SHA-256 of the
-run's own bytes) and this version of digests, its footer equals its SHA-256 and its pages equal
-their checksums. Any other is made again from the run. They are derived: remove them whenever you
-like. Where they cannot be kept (a folder that is only read, a full disk) they are made again by
-every process.
+run's own bytes) and this version of digests, and equals its own SHA-256. Any other is made again
+from the run. They are derived: remove them whenever you like. Where they cannot be kept (a folder
+that is only read, a full disk) they are made again by every process.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from attnbench.history.runs import NEEDED_COLUMNS, RunSummary
 from attnbench.history.series import split_references
 from attnbench.store.disk import remove_file
 from attnbench.store.record import short_hash
-from attnbench.store.sealed import insert_digests, read_digests
+from attnbench.store.sealed import check_body, insert_digests, read_digests
 from attnbench.store.sources import RunSource
 
 FOLDER = ".digests"
@@ -100,34 +101,38 @@ class Digests:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder and folder / FOLDER
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
-    def of(self, sources: Sequence[RunSource]) -> list[tuple[RunSource, Digest]]:
-        """Each run that has rows, with its digest; made where there is none that counts.
+    def of(self, sources: Sequence[RunSource]) -> list[tuple[RunSource, Digest, pa.Table]]:
+        """Each run that has rows, with its digest and the columns CORE of it.
+
+        A digest is made where there is none that counts.
 
         Raises CorruptDataError or SchemaError for a run that cannot be read.
         """
         if self._folder is not None and not _can_write(self._folder):
             # Not in memory: the digests of years of nights may be bigger than that.
-            self._temporary = tempfile.TemporaryDirectory(prefix="attnbench-digests-")
-            self._folder = Path(self._temporary.name)
+            self._folder = Path(tempfile.mkdtemp(prefix="attnbench-digests-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         with ThreadPoolExecutor(_THREADS) as pool:
             found = list(pool.map(self._one, sources))
-        return [(source, one) for source, one in zip(sources, found, strict=True) if one]
+        return [(source, *one) for source, one in zip(sources, found, strict=True) if one]
 
-    def _one(self, source: RunSource) -> Digest | None:
+    def _one(self, source: RunSource) -> tuple[Digest, pa.Table] | None:
         if not source.stamp or self._folder is None:
-            return _held(source)
+            return (held, held.read(CORE)) if (held := _held(source)) else None
         path = self._folder / f"{_file_name(source.run_id)}.parquet"
         stamp = f"{_FORM}:{source.stamp}"
         try:
-            summary = summary_of_digest(_read(path, stamp, CORE[:1]))
+            check_body(path, *read_digests(path))
+            core = _read(path, stamp, CORE)
+            return KeptDigest(path, stamp, summary_of_digest(core)), core
         except (DataError, OSError, pa.ArrowException, ValueError, KeyError, TypeError):
             held = _held(source)
-            if held is None or not _write(path, stamp, held.table):
-                return held
-            summary = held.summary
-        return KeptDigest(path, stamp, summary)
+            if held is None:
+                return None
+            kept = _write(path, stamp, held.table)
+            core = held.read(CORE)
+            return (KeptDigest(path, stamp, held.summary) if kept else held), core
 
 
 def _held(source: RunSource) -> HeldDigest | None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnbench.history.gate import LEVEL_RUNS, Floats, screen
-from attnbench.history.looks import FirstLook, alarm_limit, look_again, looks_of
+from attnbench.history.looks import FirstLook, alarm_limit, looks_of
 from attnbench.history.panel import NOT_PLANNED, Panel
 from attnbench.history.rule import Verdict, VerdictSettings
 from attnbench.history.series import DIRTY, GRAVITY, RunValue, Series
@@ -24,6 +24,7 @@ from attnbench.history.series_verdict import (
     first_verdict,
     is_supported,
     judge_series,
+    look_of_night,
     timed_runs,
 )
 from attnbench.store.record import Status
@@ -129,7 +130,7 @@ def _unchanged(
 ) -> SeriesVerdict | None:
     """The verdict on one whose statuses say nothing; None unless it is UNCHANGED."""
     noise = settings.noise(panel.keys[index].timer)
-    verdict, reason = first_verdict(first, noise, is_beside=False)
+    verdict, reason = first_verdict(first, noise, beside=False)
     if verdict is not Verdict.UNCHANGED:
         return None
     return SeriesVerdict(
@@ -162,8 +163,7 @@ def _judged(
     looks = []
     for row, series in zip(rows.tolist(), shortened, strict=True):
         first, subject = firsts[row], series.values[-1]
-        level = timed_runs(series, subject)[:-1][-LEVEL_RUNS:]
-        looks.append((first, look_again(subject, level, settings) if first else None))
+        looks.append((first, look_of_night(first, subject, timed_runs(series, subject), settings)))
     limit = alarm_limit(looks)
     verdicts = [
         judge_series(series, series.values[-1], settings, Night(first, limit), require_confirmation)

@@ -122,21 +122,20 @@ class Panel:
         kept = Digests(folder.path)
         with folder.reading() as sources:
             found = kept.of(sources)
-            published = {source.run_id for source, _ in found if source.is_published}
-            return _build([d for _, d in found], [s for s, _ in found], published, folder, kept)
+            published = {source.run_id for source, _, _ in found if source.is_published}
+            return _build(found, published, folder, kept)
 
     @classmethod
     def of_table(cls, table: pa.Table, published: Collection[str] = ()) -> Panel:
         """The runs of `table`, which has the columns `runs.NEEDED_COLUMNS`."""
-        digests: list[Digest] = []
-        rows = []
+        found: list[tuple[pa.Table, Digest, pa.Table]] = []
         for run_id, own in tables_by_run(table):
             if split_references(own)[0].num_rows == 0:
                 continue
             digest = digest_of(run_id, own)
-            digests.append(HeldDigest(digest, summary_of_digest(digest)))
-            rows.append(own)
-        return _build(digests, rows, published)
+            held = HeldDigest(digest, summary_of_digest(digest))
+            found.append((own, held, held.read(CORE)))
+        return _build(found, published)
 
     @property
     def num_series(self) -> int:
@@ -272,17 +271,15 @@ class Panel:
 
 
 def _build(
-    digests: Sequence[Digest],
-    sources: Sequence[RunSource | pa.Table],
+    found: Sequence[tuple[RunSource | pa.Table, Digest, pa.Table]],
     published: Collection[str],
     folder: ResultsFolder | None = None,
     kept: Digests | None = None,
 ) -> Panel:
-    marks = [(one.summary.started_at, one.summary.run_id) for one in digests]
-    order = sorted(range(len(marks)), key=marks.__getitem__)
-    digests = [digests[i] for i in order]
-    runs = tuple(one.summary for one in digests)
-    cores = [one.read(CORE) for one in digests]
+    found = sorted(found, key=lambda one: (one[1].summary.started_at, one[1].summary.run_id))
+    digests = [digest for _, digest, _ in found]
+    cores = [core for _, _, core in found]
+    runs = tuple(digest.summary for digest in digests)
     numbers = [np.asarray(core["series"], dtype=np.uint64) for core in cores]
     known, described = _described(digests, cores, numbers)
     is_series, joins = _targets(described)
@@ -341,7 +338,7 @@ def _build(
         _rows=rows,
         _joined=joined,
         _digests=tuple(digests),
-        _sources=tuple(sources[i] for i in order),
+        _sources=tuple(source for source, _, _ in found),
         _folder=folder,
         _kept=kept,
     )

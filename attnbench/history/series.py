@@ -249,6 +249,7 @@ def series_of(
     references = _references(other)
     if table.num_rows == 0:
         return []
+    table = with_times_only(table)
     keys = [SeriesKey(*row) for row in zip(*_lists(table, SERIES_KEY), strict=True)]
     columns = dict(zip(_PER_ROW, _lists(table, _PER_ROW), strict=True))
     statuses = [Status(text) for text in columns["status"]]
@@ -310,6 +311,31 @@ def _references(table: pa.Table) -> dict[tuple[SeriesKey, str], list[float]]:
         if median is not None and Status(status).is_timed:
             found[SeriesKey(*key), run_id].append(median)
     return found
+
+
+def with_times_only(table: pa.Table) -> pa.Table:
+    """`table`, its rows with a sample that is no time (NaN, infinite, zero or less) as ERROR.
+
+    `append` stores none; a file from elsewhere may have one, which is neither a quiet night nor a
+    level of later ones.
+    """
+    samples = table["samples"].combine_chunks()
+    flat = np.asarray(pc.list_flatten(samples), dtype=np.float64)
+    bad = ~(np.isfinite(flat) & (flat > 0))
+    if not bad.any():
+        return table
+    rows = np.zeros(table.num_rows, bool)
+    rows[np.asarray(pc.list_parent_indices(samples))[bad]] = True
+    mask = pa.array(rows)
+    for name, value in (
+        ("status", str(Status.ERROR)),
+        ("samples", []),
+        ("reasons", ["a stored sample is not a time above zero"]),
+    ):
+        column = table[name].combine_chunks()
+        filled = pc.if_else(mask, pa.scalar(value, column.type), column)
+        table = table.set_column(table.column_names.index(name), table.schema.field(name), filled)
+    return table
 
 
 def sample_statistics(
@@ -414,19 +440,18 @@ def _run_starts(table: pa.Table) -> dict[str, datetime]:
     return starts
 
 
-def _stack_facts(table: pa.Table) -> dict[str, dict[str, str]]:
-    """`_STACK_FACTS` of each run, as its first row has them."""
-    facts: dict[str, dict[str, str]] = {}
-    for run_id, *texts in zip(*_lists(table, ("run_id", *_STACK_FACTS)), strict=True):
-        if run_id not in facts:
-            facts[run_id] = {n: t or "" for n, t in zip(_STACK_FACTS, texts, strict=True)}
+def _stack_facts(table: pa.Table) -> dict[str, tuple[str, str]]:
+    """CUDA version and container of each run, as its first row has them."""
+    facts: dict[str, tuple[str, str]] = {}
+    for run_id, cuda, container in zip(*_lists(table, ("run_id", *_STACK_FACTS)), strict=True):
+        facts.setdefault(run_id, (cuda or "", container or ""))
     return facts
 
 
 def _complete(
     series: list[Series],
     starts: Mapping[str, datetime],
-    facts: Mapping[str, Mapping[str, str]],
+    facts: Mapping[str, tuple[str, str]],
     published: Collection[str],
 ) -> None:
     """Give every value the start of its run, so that all series order the runs alike, the rest of
@@ -437,7 +462,8 @@ def _complete(
                 v,
                 started_at=starts[v.run_id],
                 is_published=v.run_id in published,
-                **facts[v.run_id],
+                cuda_version=facts[v.run_id][0],
+                container_digest=facts[v.run_id][1],
             )
             for v in one.values
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -356,6 +357,10 @@ class _Timed:
                 "lowered on purpose, give them with --rated-clock"
             )
             return self._maker.row(Status.THROTTLED, metric, reasons=(reason,), **how, **more)
+        bad = next((s for s in timing.samples if not (math.isfinite(s) and s > 0)), None)
+        if bad is not None:
+            reason = f"the timer {timer.name} gave a time of {bad:g} s; see `attnbench doctor`"
+            return self._maker.row(Status.ERROR, metric, reasons=(reason,), **how, **more)
         return self._maker.row(
             Status.NOISY if timing.is_noisy else Status.OK,
             metric,

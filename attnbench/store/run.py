@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set as AbstractSet
 from dataclasses import fields, replace
 from pathlib import Path
@@ -58,8 +59,8 @@ class Run:
         """Store one row; it is on disk when this returns.
 
         Raises ValueError or TypeError for a row that must not be stored (another run's, a key that
-        is stored already, samples without OK or NOISY, a value of a wrong kind),
-        InfrastructureError for a full disk.
+        is stored already, samples without OK or NOISY or that are no times, a value of a wrong
+        kind), InfrastructureError for a full disk.
         """
         if row.run_id != self.run_id:
             raise ValueError(f"a row of run {row.run_id} does not belong to run {self.run_id}")
@@ -72,6 +73,8 @@ class Run:
                 f"a row of status {row.status} with {len(row.samples)} samples: OK and NOISY "
                 "carry samples, nothing else does"
             )
+        if not all(math.isfinite(sample) and sample > 0 for sample in row.samples):
+            raise ValueError("samples are seconds above zero, and one of this row is not")
         row = _printable(row)
         rows_to_table([row])  # what cannot be sealed later must not enter the journal now
         self._keep_in_place()

@@ -188,12 +188,9 @@ class SealedFile:
     def verify(self) -> None:
         """Prove every byte before the footer. Raises CorruptDataError."""
         try:
-            with self.path.open("rb") as file:
-                digest = _digest(file, self.body_size)
+            check_body(self.path, self.body_size, self.body_digest)
         except OSError as error:
             raise _read_error(self.path, error) from error
-        if digest != self.body_digest:
-            raise CorruptDataError(_corrupt(self.path, "its bytes differ from its SHA-256"))
 
     def read(
         self, columns: Sequence[str] = SCHEMA.names, where: pc.Expression | None = None
@@ -222,6 +219,14 @@ class SealedFile:
                     yield upgrade(file.read_row_group(index), self.path)
         except (OSError, pa.ArrowException) as error:
             raise _read_error(self.path, error) from error
+
+
+def check_body(path: Path, size: int, digest: bytes) -> None:
+    """Prove the bytes that `read_digests` tells of. Raises CorruptDataError or OSError."""
+    with path.open("rb") as file:
+        found = _digest(file, size)
+    if found != digest:
+        raise CorruptDataError(_corrupt(path, "its bytes differ from its SHA-256"))
 
 
 def read_digests(path: Path) -> tuple[int, bytes]:

@@ -206,3 +206,16 @@ def test_references_are_kept_only_while_there_is_room(
     (tmp_path / "gone").rmdir()
     rows = measure_point(PlannedPoint(SMALL, "CPU_ATTN"), replace(context, truths=cache))
     assert rows[0].status == Status.OK
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1e-6, float("nan"), float("inf")])
+def test_a_timer_that_gives_no_time_is_an_error_not_a_quiet_point(
+    context: PointContext, seconds: float
+) -> None:
+    class Broken(FakeTimer):
+        def seconds(self, subject: Subject) -> float:
+            return seconds
+
+    rows = measure_point(PlannedPoint(SMALL, "CPU_ATTN", "", "s"), replace(context, timer=Broken()))
+    assert (rows[0].status, rows[0].samples) == (Status.ERROR, ())
+    assert "gave a time of" in rows[0].reasons[0]
