@@ -14,12 +14,17 @@ import typer.core
 
 import attnbench
 from attnbench.cli import (
+    acknowledge,
     asv,
+    bisect,
     choose,
     dashboard,
     doctor,
+    gate,
     history,
+    init,
     itl,
+    manifest,
     nightly,
     results,
     run,
@@ -82,6 +87,7 @@ def _root(
     return None
 
 
+app.command()(init.init)
 app.command()(nightly.nightly)
 app.command()(run.run)
 app.command()(verify.verify)
@@ -95,8 +101,12 @@ app.command()(itl.itl)
 app.command()(choose.choose)
 app.command()(history.compare)
 app.command()(history.history)
+app.command()(acknowledge.acknowledge)
+app.command()(gate.gate)
+app.command()(bisect.bisect)
 app.command()(dashboard.dashboard)
 app.add_typer(results.results_app, name="results")
+app.add_typer(manifest.manifest_app, name="manifest")
 app.command(
     context_settings={
         "allow_extra_args": True,

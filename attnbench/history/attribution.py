@@ -180,7 +180,7 @@ def attribute_between(
     between = sum(
         start < (v.started_at, v.run_id) <= end for v in series.values if not v.is_published
     )
-    environment = _environment(before, after, clocks or {})
+    environment = environment_between(before, after, clocks or {})
     commits = _commits(before.commit, after.commit, repository)
     return Attribution(
         before=before,
@@ -211,9 +211,10 @@ def short(commit: str) -> str:
     return name[:7] + plus + mark
 
 
-def _environment(
+def environment_between(
     before: RunSummary, after: RunSummary, clocks: Mapping[str, str]
 ) -> EnvironmentChange | None:
+    """What differs between the software and machines of two runs; `clocks` as for `attribute`."""
     software = environment_change(before, after)
     changed = list(software.changed) if software else []
     for fact, name in _MACHINE.items():

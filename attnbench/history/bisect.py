@@ -25,6 +25,9 @@ from attnbench.history.rule import TimerNoise
 #: Fewer rounds cannot show that two sides differ.
 MIN_ROUNDS = 5
 
+#: The status of a reading whose candidate could not even be started.
+NOT_BUILT = "not built"
+
 #: Processes that say whether a candidate works at all.
 _STATUS_ROUNDS = 2
 
@@ -151,8 +154,10 @@ class Journal:
         """The reading under `key`, measured now if it is not there."""
         if key not in self._readings:
             reading = measure()
-            self._append({"key": key, **asdict(reading)})
             self._readings[key] = reading
+            # What could not be built, perhaps for want of a network, is tried again next time.
+            if reading.status != NOT_BUILT:
+                self._append({"key": key, **asdict(reading)})
         return self._readings[key]
 
     def _append(self, line: Mapping[str, Any]) -> None:
@@ -268,8 +273,11 @@ def bisect(
 def _bad_status(search: _Search) -> str | Bisection:
     """How the bad end fails, "" where it is timed; a Bisection where there is nothing to search."""
     last = len(search.labels) - 1
+    for n in range(_STATUS_ROUNDS):
+        for place in (0, last) if n % 2 == 0 else (last, 0):
+            search.read("ends", n, place)
     for place in (0, last):
-        readings = [search.read("status", n, place) for n in range(_STATUS_ROUNDS)]
+        readings = [search.read("ends", n, place) for n in range(_STATUS_ROUNDS)]
         failed = [one for one in readings if one.seconds is None]
         if not failed:
             continue
@@ -285,10 +293,6 @@ def _bad_status(search: _Search) -> str | Bisection:
             return Bisection(labels=search.labels, problem=f"{problem}; name another")
         return failed[0].status
     return ""
-
-
-#: The status of a reading whose candidate could not even be started.
-NOT_BUILT = "not built"
 
 
 def _check_ends(search: _Search) -> SecondLook | Bisection:

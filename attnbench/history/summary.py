@@ -5,8 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+from attnbench.history.acknowledge import AlarmKind
+from attnbench.history.alarm_lines import alarm_lines
+from attnbench.history.attribution import Attribution, attribute_since
 from attnbench.history.groups import AlarmGroup, group_alarms
 from attnbench.history.rule import Estimate, Reason, Verdict
 from attnbench.history.runs import RunSummary
@@ -37,31 +41,42 @@ def summary_lines(
     pages: str = "",
     duration_s: float | None = None,
     commits_since: int | None = None,
+    reference: str = "",
+    causes: Mapping[str, Attribution] | None = None,
 ) -> list[SummaryLine]:
-    """The summary without its headline. `pages` is where the dashboard lies."""
+    """The summary without its headline. `pages` is where the dashboard lies, `reference` what the
+    build before was that took turns, or why there was none; `causes` is what changed with the
+    regressions, by series id (`causes_of`)."""
     lines = [
         SummaryLine("verdict", _verdict_text(judgement), _STYLES[judgement.verdict]),
         SummaryLine("measured", _measured_text(judgement.run, duration_s)),
     ]
-    groups = group_alarms(judgement.verdicts)
+    groups = group_alarms(_open(judgement, judgement.verdicts))
     slower = [group for group in groups if not group.is_support_change]
-    lines += _listed("slower", slower, _slower_lines, "red")
+    lines += _listed("slower", slower, lambda group: _slower_lines(group, causes or {}), "red")
     lost = [group for group in groups if group.is_support_change]
-    lines += _listed("changed", lost, _lost_lines, "yellow")
+    lines += _listed("changed", lost, lambda group: _lost_lines(group, causes or {}), "yellow")
     recovered = judgement.because(Reason.STATUS_RECOVERED)
     lines += _listed("works" if lost else "changed", recovered, _changed_lines, "yellow")
-    undecided = judgement.of(Verdict.UNDECIDED)
+    undecided = _open(judgement, judgement.of(Verdict.UNDECIDED))
     lines += _listed("undecided", undecided, _undecided_lines, "yellow")
+    if waiting := len(judgement.flagged_points()):
+        text = f"{waiting} points may be slower and were not measured again"
+        lines.append(SummaryLine("waiting", text, "yellow"))
     lines += _listed("invalid", judgement.of(Verdict.INVALID), _invalid_lines, "yellow")
     faster = judgement.because(Reason.FASTER_THAN_FLOOR)
     lines += _listed("faster", faster, lambda v: [_ratio_text(v)], "green")
     lines += _incomplete_lines(judgement)
+    if judgement.alarms is not None:
+        lines += [SummaryLine(*line) for line in alarm_lines(judgement.alarms, _LISTED)]
     if judgement.environment:
         since = judgement.environment.before
         lines.append(SummaryLine("stack", f"{judgement.environment.text}   (since run {since})"))
     if new := len(judgement.because(Reason.NO_BASELINE)):
         text = f"{new} of {len(judgement.verdicts)} points have no baseline yet"
         lines.append(SummaryLine("new", f"{text}: this run is their first"))
+    if reference:
+        lines.append(SummaryLine("reference", reference))
     if pages:
         lines.append(SummaryLine("pages", pages))
     return lines
@@ -95,11 +110,15 @@ def summary_text(
     pages: str = "",
     duration_s: float | None = None,
     commits_since: int | None = None,
+    reference: str = "",
+    causes: Mapping[str, Attribution] | None = None,
     color: bool = False,
 ) -> str:
     """The summary as plain text, each line at most once; with `color`, ANSI colours in it."""
     rows = [headline(judgement, commits_since)]
-    for line in summary_lines(judgement, pages=pages, duration_s=duration_s):
+    for line in summary_lines(
+        judgement, pages=pages, duration_s=duration_s, reference=reference, causes=causes
+    ):
         label = f"{line.label:<{_LABEL_WIDTH}}"
         if color and line.label and line.style:
             label = f"\x1b[{_ANSI[line.style]}m{label}\x1b[0m"
@@ -113,16 +132,21 @@ def summary_markdown(
     pages: str = "",
     duration_s: float | None = None,
     commits_since: int | None = None,
+    reference: str = "",
+    causes: Mapping[str, Attribution] | None = None,
 ) -> str:
     """The summary for a CI page. Names and reasons cannot become markup."""
     rows = [f"### {_md(headline(judgement, commits_since))}", "", "| | |", "|---|---|"]
     label = ""
-    for line in summary_lines(judgement, pages=pages, duration_s=duration_s):
+    for line in summary_lines(
+        judgement, pages=pages, duration_s=duration_s, reference=reference, causes=causes
+    ):
         name = line.label if line.label != label else ""
         label = line.label or label
         text = one_line(line.text)
-        if text.startswith("again: "):
-            cell = "again: " + _md_code(text.removeprefix("again: "))
+        word, _, command = text.partition(": ")
+        if word in ("again", "find"):
+            cell = f"{word}: {_md_code(command)}"
         else:
             cell = _md(text)
         rows.append(f"| {'**' + name + '**' if name else ''} | {cell} |")
@@ -203,12 +227,15 @@ _ANSI = {"red": "1;31", "yellow": "1;33", "green": "1;32"}
 
 def verdict_counts(judgement: Judgement) -> str:
     """`1 confirmed, 2 undecided, 1 support change`."""
+    alarms = judgement.alarms
     counts = [
-        (len(judgement.because(Reason.CONFIRMED)), "confirmed"),
-        (len(judgement.because(Reason.SLOWER_THAN_FLOOR)), "slower"),
-        (len(judgement.of(Verdict.UNDECIDED)), "undecided"),
+        (len(_open(judgement, judgement.because(Reason.CONFIRMED))), "confirmed"),
+        (len(_open(judgement, judgement.because(Reason.SLOWER_THAN_FLOOR))), "slower"),
+        (len(_open(judgement, judgement.of(Verdict.UNDECIDED))), "undecided"),
         (len(judgement.of(Verdict.INVALID)), "invalid"),
-        (len(judgement.because(Reason.STATUS_CHANGED)), "support change"),
+        (len(_open(judgement, judgement.because(Reason.STATUS_CHANGED))), "support change"),
+        (len(alarms.of(AlarmKind.STALE)) if alarms else 0, "stale"),
+        (len(alarms.known) if alarms else 0, "known"),
         (len(judgement.because(Reason.STATUS_RECOVERED)), "recovered"),
         (len(judgement.because(Reason.FASTER_THAN_FLOOR)), "faster"),
     ]
@@ -276,26 +303,55 @@ def _ratio_text(verdict: SeriesVerdict) -> str:
     return f"{point_text(verdict)}   {interval_text(verdict.estimate)}{since}"
 
 
-def _slower_lines(group: AlarmGroup) -> list[str]:
+def causes_of(
+    judgement: Judgement, runs: Sequence[RunSummary], repository: Path | None = None
+) -> dict[str, Attribution]:
+    """What changed with the gravest slow-down and the gravest loss of support.
+
+    By the id of the worst series of its group. Of the others the pages say it.
+    """
+    known = {run.run_id: run for run in runs}
+    groups = group_alarms(_open(judgement, judgement.verdicts))
+    slower = [group for group in groups if not group.is_support_change]
+    lost = [group for group in groups if group.is_support_change]
+    found = {}
+    for group in (*slower[:1], *lost[:1]):
+        worst = group.worst
+        since = worst.since or worst.subject
+        if cause := attribute_since(worst.series, since, known, repository):
+            found[worst.series.id] = cause
+    return found
+
+
+def _cause_lines(group: AlarmGroup, causes: Mapping[str, Attribution]) -> list[str]:
+    """What changed with it, and the command that finds out which of that it was."""
+    cause = causes.get(group.worst.series.id)
+    if cause is None:
+        return []
+    return [f"with: {cause.text}", *([f"find: {cause.bisect}"] if cause.bisect else [])]
+
+
+def _slower_lines(group: AlarmGroup, causes: Mapping[str, Attribution]) -> list[str]:
     worst = group.worst
-    again = f"again: {repro_command(worst.series.identity)}"
+    again = [*_cause_lines(group, causes), f"again: {repro_command(worst.series.identity)}"]
     if len(group.members) == 1:
-        return [_ratio_text(worst), again]
+        return [_ratio_text(worst), *again]
     assert group.ratio is not None
     assert worst.estimate is not None
     return [
         f"{_members_text(group)}   {percent(group.ratio)} in the middle{_since_text(group)}",
         f"worst: {point_text(worst)}   {interval_text(worst.estimate)}",
-        again,
+        *again,
     ]
 
 
-def _lost_lines(group: AlarmGroup) -> list[str]:
-    first = _changed_lines(group.worst)
+def _lost_lines(group: AlarmGroup, causes: Mapping[str, Attribution]) -> list[str]:
+    first, cause = _changed_lines(group.worst), _cause_lines(group, causes)
     if len(group.members) == 1:
-        return first
+        return [*first, *cause]
     status = group.worst.subject.status
-    return [f"{_members_text(group)}   now {status}{_since_text(group)}", f"first: {first[0]}"]
+    text = f"{_members_text(group)}   now {status}{_since_text(group)}"
+    return [text, f"first: {first[0]}", *cause]
 
 
 def _members_text(group: AlarmGroup) -> str:
@@ -352,7 +408,7 @@ def _invalid_lines(verdict: SeriesVerdict) -> list[str]:
 
 def _incomplete_lines(judgement: Judgement) -> list[SummaryLine]:
     lines: list[SummaryLine] = []
-    failed = judgement.failures
+    failed = _open(judgement, judgement.failures)
     for verdict in failed[:_LISTED]:
         reasons = status_reasons(verdict.subject)
         why = f": {_shorten(reasons[0])}" if reasons else ""
@@ -361,7 +417,8 @@ def _incomplete_lines(judgement: Judgement) -> list[SummaryLine]:
         lines.append(SummaryLine(label, text, "yellow"))
     if (more := len(failed) - _LISTED) > 0:
         lines.append(SummaryLine("", f"and {more} more: attnbench history"))
-    if count := len(judgement.missing):
+    alarms = judgement.alarms
+    if count := len(alarms.of(AlarmKind.MISSING) if alarms else judgement.missing):
         text = f"{count} planned points have no row; go on: attnbench nightly --resume last"
         lines.append(SummaryLine("missing", text, "yellow"))
     if judgement.dropped:
@@ -371,6 +428,10 @@ def _incomplete_lines(judgement: Judgement) -> list[SummaryLine]:
         text = f"{len(judgement.dropped)} points of the last run were not planned: {listed}{tail}"
         lines.append(SummaryLine("dropped", text))
     return lines
+
+
+def _open(judgement: Judgement, verdicts: Sequence[SeriesVerdict]) -> list[SeriesVerdict]:
+    return [v for v in verdicts if not judgement.is_known(v)]
 
 
 def _shorten(text: str, limit: int = 100) -> str:

@@ -62,6 +62,20 @@ def measure_by_turns(
     return run_ids[0], run_ids[1]
 
 
+def measure_once(
+    side: Side, plan: Sequence[PlanPart], options: MeasureOptions, results: Path
+) -> str:
+    """One process of one side, as a run of its own: its id. Raises as `measure_by_turns`."""
+    request = {
+        "plan": [asdict(part) for part in plan],
+        "options": asdict(replace(options, replicates=1, first_replicate=0)),
+        "results": str(results.absolute()),
+        "run_id": "",
+        "distribution": side.distribution,
+    }
+    return _measure(side, request)
+
+
 def _measure(side: Side, request: dict[str, Any]) -> str:
     with tempfile.TemporaryDirectory(prefix="attnbench-side-") as folder:
         answer_file = Path(folder) / "answer.json"

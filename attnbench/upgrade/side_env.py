@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 import venv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,10 +53,17 @@ def make_side(source: Source, cache: Path, tell: Tell) -> Side:
     if source.kind is SourceKind.WHEEL:
         assert source.path is not None
         what = str(source.path)
-    entry = _environment(cache, what, tell, install=what)
+    entry = _environment(cache, what, tell, what)
     library = next(entry.glob("lib/python*/site-packages"))
     label = f"{source.distribution} {source.version}"
     return Side(label, source.distribution, entry / "bin" / "python", library)
+
+
+def make_stack_side(label: str, pins: Sequence[str], cache: Path, tell: Tell) -> Side:
+    """The environment with several `NAME==VERSION`. Raises as `make_side`."""
+    entry = _environment(cache, " ".join(pins), tell, *pins)
+    library = next(entry.glob("lib/python*/site-packages"))
+    return Side(label, pins[0].partition("==")[0], entry / "bin" / "python", library)
 
 
 def _tree_side(source: Source, cache: Path, tell: Tell) -> Side:
@@ -79,14 +86,14 @@ def _tree_side(source: Source, cache: Path, tell: Tell) -> Side:
                 empty(home)
                 _archive(source.path, source.commit, home)
                 stamp(home, {"tree": str(source.path), "commit": source.commit})
-    entry = _environment(cache, OWN, tell, install="")
+    entry = _environment(cache, OWN, tell)
     return Side(label, OWN, entry / "bin" / "python", home, variables)
 
 
-def _environment(cache: Path, what: str, tell: Tell, install: str) -> Path:
+def _environment(cache: Path, what: str, tell: Tell, *install: str) -> Path:
     outer = [str(Path(attnbench.__file__).parents[1]), *outer_site_packages().splitlines()]
-    wheel = Path(install)
-    changed = wheel.stat().st_mtime_ns if install.endswith(".whl") else 0
+    wheels = [Path(one) for one in install if one.endswith(".whl")]
+    changed = wheels[0].stat().st_mtime_ns if wheels else 0
     content = {
         "python": sys.version,
         "prefix": sys.prefix,
@@ -102,14 +109,14 @@ def _environment(cache: Path, what: str, tell: Tell, install: str) -> Path:
                 venv.EnvBuilder(symlinks=True, with_pip=False).create(entry)
                 if install:
                     tell.note(f"installing {what} without its dependencies in {entry}")
-                    _install(entry, install)
+                    _install(entry, what, install)
                 library = next(entry.glob("lib/python*/site-packages"))
                 (library / PTH_NAME).write_text("\n".join([*outer, ""]), encoding="utf-8")
             stamp(entry, content)
     return entry
 
 
-def _install(folder: Path, what: str) -> None:
+def _install(folder: Path, what: str, install: Sequence[str]) -> None:
     if importlib.util.find_spec("pip") is None:
         raise InfrastructureError(
             f"{what} is installed by pip, which is not beside attnbench; install it: "
@@ -118,7 +125,7 @@ def _install(folder: Path, what: str) -> None:
     # Before the .pth file is there: pip must never see what belongs to the outer environment.
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
     done = subprocess.run(
-        [*pip, "install", "--no-deps", "--prefer-binary", "--no-input", what],
+        [*pip, "install", "--no-deps", "--prefer-binary", "--no-input", *install],
         capture_output=True,
         text=True,
         check=False,

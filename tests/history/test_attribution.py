@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shlex
 import subprocess
 from dataclasses import replace
@@ -176,6 +177,38 @@ def test_environment(columns: dict[str, Any], text: str, bisect: str) -> None:
         assert one.bisect.endswith(f"--stacks {OLD['stack_id']}..{columns['stack_id']}")
     else:
         assert one.bisect.endswith(f" {bisect}")
+
+
+def test_a_fact_that_an_older_file_lacks_is_no_change() -> None:
+    assert found(nights(at_step(device_uuid="GPU-b"))).cause is Cause.UNKNOWN
+
+
+def test_a_stored_name_that_is_no_hash_is_never_looked_up(
+    repository: tuple[Path, list[str]],
+) -> None:
+    one = found(nights(lambda n: {"commit": "main" if n >= STEP else "HEAD~1"}), repository[0])
+    assert one.commits is not None
+    assert (one.commits.first, one.commits.last, one.commits.count) == ("HEAD~1", "main", None)
+
+
+def test_noise_at_the_step_makes_every_run_of_the_range_a_suspect() -> None:
+    rng = random.Random(3)
+    rows = []
+    for night in range(60):
+        level = 1.03 if night >= 40 else 1.0
+        seconds = 1e-3 * level * (1 + rng.gauss(0, 0.012))
+        rows.append(row(night, seconds=seconds, commit=f"{night:02x}" * 20, **OLD))
+    series, runs = read(rows)
+    (change,) = series_changes(series)
+    assert change.high - change.low > 2
+    one = attribute(series, change, runs)
+    assert one.commits is not None
+    assert one.num_runs == change.high - change.low
+    assert (one.commits.first, one.commits.last) == (
+        series.values[change.low].commit,
+        series.values[change.high].commit,
+    )
+    assert change.low < 40 <= change.high
 
 
 def test_both_changed_is_said(repository: tuple[Path, list[str]]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 import pytest
 
 from attnbench.history.rule import Estimate
+from attnbench.history.runs import runs_of
 from attnbench.history.summary import (
+    causes_of,
     duration_text,
     interval_text,
     percent,
@@ -17,7 +20,8 @@ from attnbench.history.summary import (
     summary_text,
 )
 from attnbench.history.verdict import judge
-from tests.history.fake import DEVICE, history, row, table_of, timed
+from attnbench.store.record import stack_id
+from tests.history.fake import DEVICE, NEW_STACK, OLD_STACK, history, row, table_of, timed
 
 GOLDEN = """\
 attnbench nightly · 2026-11-20 · cpu-xeon-2c · 0bc0ffe (3 commits since the last run)
@@ -122,6 +126,24 @@ def test_a_kernel_that_broke_everywhere_is_told_once() -> None:
     assert "slower    CPU_ATTN: 15 of 16 series   x2 in the middle   since 06c0ffe" in text
     assert "worst: CPU_ATTN decode 10q1s1k llama-3-8b fp32   x2 [+100.0, +100.0]" in text
     assert text.count("again: ") == 1
+
+
+def test_what_changed_with_it_and_how_to_find_out_which() -> None:
+    rows = [
+        replace(r, stack=NEW_STACK if r.run_id >= row(6).run_id else OLD_STACK)
+        for r in timed([*[1e-3] * 6, 2e-3])
+    ]
+    rows += [replace(row(6, 100 + r, seconds=2e-3), stack=NEW_STACK) for r in range(10)]
+    rows = [replace(r, stack_id=stack_id(r.stack)) for r in rows]
+    table = table_of(rows)
+    judgement = judge(table)
+    causes = causes_of(judgement, runs_of(table))
+    text = summary_text(judgement, causes=causes)
+    assert "with: commits 05c0ffe..06c0ffe and + gxx 12.2.0, torch 2.12.0 -> 2.13.0" in text
+    (line,) = [line for line in text.splitlines() if "find: " in line]
+    assert line.strip().startswith("find: attnbench bisect")
+    assert "find: `attnbench bisect" in summary_markdown(judgement, causes=causes)
+    assert causes_of(judge(table_of(timed([1e-3] * 6))), []) == {}
 
 
 def test_support_lost_by_many_is_told_once() -> None:
