@@ -7,7 +7,7 @@ here, so that a new asv fails there by name and not in the middle of a night.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -38,6 +38,7 @@ __all__ = [
     "config_argument",
     "load_config",
     "remember_machine",
+    "remove_commits",
     "run_asv",
     "save_benchmarks",
     "save_commit",
@@ -227,6 +228,13 @@ def save_commit(
     results.save(str(results_dir))
     file_name: str = get_filename(commit.machine, commit.commit, commit.environment)
     return results_dir / file_name
+
+
+def remove_commits(results_dir: Path, environment: str, known: Collection[str]) -> None:
+    """Remove what was saved for `environment` of commits that are not `known`."""
+    for path in sorted(results_dir.glob(f"*/*-{environment}.json")):
+        if Results.load(str(path)).commit_hash not in known:
+            path.unlink()
 
 
 def save_benchmarks(results_dir: Path, series: Mapping[str, TrackedSeries]) -> Path:

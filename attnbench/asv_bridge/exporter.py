@@ -7,6 +7,9 @@ Two kinds of series per suite, metric and method (timer, L2 state, execution):
 
 One asv file per commit, stack and device class. asv knows commits only, so a stack is a parameter
 of its graphs: a new torch starts a new line and is never drawn as the fault of a commit.
+
+Over the commits of a manifest repository, one per stack, it is the other way round: one line, with
+every run under its stack's commit, whatever code it was measured with.
 """
 
 from __future__ import annotations
@@ -15,14 +18,15 @@ import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from attnbench.asv_bridge import asv_api
 from attnbench.asv_bridge.grid import backend_label
 from attnbench.asv_bridge.rollup import roll_up
+from attnbench.history.stacks import Stack, stack_key
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,6 +54,9 @@ COLUMNS = (
     "compute_capability",
     "stack",
     "stack_id",
+    "driver_version",
+    "cuda_version",
+    "container_digest",
     "commit",
     "commit_time",
 )
@@ -70,11 +77,73 @@ class ExportOutcome:
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Place:
-    """One asv result file."""
+    """One asv result file. `environment` is a line of its own in the graphs."""
 
     device_class: str
     commit: str
-    stack_id: str
+    environment: str
+
+
+class _Axis(Protocol):
+    """Where a row is drawn."""
+
+    def no_place(self, row: Mapping[str, Any]) -> str:
+        """Why the row has no place; "": it has one."""
+        ...
+
+    def place(self, row: Mapping[str, Any]) -> _Place: ...
+
+    def commit_time(self, row: Mapping[str, Any]) -> datetime: ...
+
+    def params(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """asv's parameters of the graphs."""
+        ...
+
+
+class _CommitAxis:
+    """Under the commit of the code."""
+
+    def no_place(self, row: Mapping[str, Any]) -> str:
+        if not row["commit"] or row["commit_time"] is None:
+            return "no commit is known"
+        return _of_local_edits(row)
+
+    def place(self, row: Mapping[str, Any]) -> _Place:
+        return _Place(row["device_class"], row["commit"], f"stack-{_stack_key(row)}")
+
+    def commit_time(self, row: Mapping[str, Any]) -> datetime:
+        at: datetime = row["commit_time"]
+        return at
+
+    def params(self, row: Mapping[str, Any]) -> dict[str, str]:
+        return {"stack": _stack_label(row)}
+
+
+class _StackAxis:
+    """Under the manifest repository's commit of the stack."""
+
+    #: One for all: a line goes on from stack to stack.
+    ENVIRONMENT = "stacks"
+
+    def __init__(self, stacks: Iterable[Stack]) -> None:
+        self._stacks = {(stack.device_class, stack.key): stack for stack in stacks}
+
+    def no_place(self, row: Mapping[str, Any]) -> str:
+        if (row["device_class"], _stack_key(row)) not in self._stacks:
+            return "its stack is not in the manifest repository (attnbench manifest write)"
+        return _of_local_edits(row)
+
+    def _stack(self, row: Mapping[str, Any]) -> Stack:
+        return self._stacks[row["device_class"], _stack_key(row)]
+
+    def place(self, row: Mapping[str, Any]) -> _Place:
+        return _Place(row["device_class"], self._stack(row).commit, self.ENVIRONMENT)
+
+    def commit_time(self, row: Mapping[str, Any]) -> datetime:
+        return self._stack(row).first_measured
+
+    def params(self, row: Mapping[str, Any]) -> dict[str, str]:
+        return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +166,7 @@ def export_to_asv(
     table: pa.Table,
     runs: Collection[str] | None,
     asv_results_dir: Path,
+    stacks: Sequence[Stack] | None = None,
 ) -> ExportOutcome:
     """Write `table`'s history as asv results. Writing the same table again changes no byte.
 
@@ -104,18 +174,21 @@ def export_to_asv(
         table: rows of `store.ResultsFolder.table`, with at least `COLUMNS`.
         runs: ids of the runs to write; None: all.
         asv_results_dir: asv's `results_dir`. What developers' suites left there stays.
+        stacks: those of a manifest repository (`history.manifest.stacks_of`): each run goes under
+            its stack's commit. None: under the commit of the code.
 
     The sentinels of a suite are, of each phase and dtype, the workload that moves most bytes.
     Only the newest measuring protocol in the table is written; where a commit was measured twice on
     one stack, each point is read from the newest run that timed it.
     """
-    rows, left_out = _placed_rows(table, runs)
-    places = {_place(row): row for row in rows}
+    axis: _Axis = _CommitAxis() if stacks is None else _StackAxis(stacks)
+    rows, left_out = _placed_rows(table, runs, axis)
+    places = {axis.place(row): row for row in rows}
     series: dict[str, asv_api.TrackedSeries] = {}
     values: dict[_Place, dict[str, Sequence[float | Sequence[float] | None]]] = defaultdict(dict)
     for (suite, metric, method, protocol), of_series in sorted(_by_series(rows).items()):
         name = f"nightly.{suite}.{metric}.{method}"
-        readings = _newest_readings(of_series)
+        readings = _newest_readings(of_series, axis)
         version = f"protocol-{protocol}"
         for one, of_place in (
             _rollup_series(name, version, readings),
@@ -138,30 +211,33 @@ def export_to_asv(
                 asv_api.CommitResults(
                     machine=place.device_class,
                     commit=place.commit,
-                    commit_time=row["commit_time"].astimezone(UTC),
-                    environment=f"stack-{place.stack_id}",
-                    params={"stack": _stack_label(row)},
+                    commit_time=axis.commit_time(row).astimezone(UTC),
+                    environment=place.environment,
+                    params=axis.params(row),
                     started_at=row["started_at"].astimezone(UTC),
                     values=found,
                 ),
             )
         )
+    if stacks is not None:
+        known = {stack.commit for stack in stacks}
+        asv_api.remove_commits(asv_results_dir, _StackAxis.ENVIRONMENT, known)
     return ExportOutcome(
         tuple(files), len(series), len({place.commit for place in values}), left_out
     )
 
 
 def _placed_rows(
-    table: pa.Table, runs: Collection[str] | None
+    table: pa.Table, runs: Collection[str] | None, axis: _Axis
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Timed rows of suites with a commit, oldest first, and why other runs are left out."""
+    """Timed rows of suites with a place, oldest first, and why other runs are left out."""
     rows = []
     left_out: dict[str, str] = {}
     ordered = table.select(COLUMNS).sort_by([("started_at", "ascending"), ("run_id", "ascending")])
     for row in ordered.to_pylist():
         if runs is not None and row["run_id"] not in runs:
             continue
-        if why := _no_place(row):
+        if why := axis.no_place(row):
             left_out[row["run_id"]] = why
         elif row["suite"] and row["samples"]:
             rows.append(row)
@@ -172,16 +248,8 @@ def _placed_rows(
     return [row for row in rows if row["protocol_version"] == newest], left_out
 
 
-def _no_place(row: Mapping[str, Any]) -> str:
-    if not row["commit"] or row["commit_time"] is None:
-        return "no commit is known"
-    if row["commit"].endswith(_DIRTY):
-        return "its files differed from the commit"
-    return ""
-
-
-def _place(row: Mapping[str, Any]) -> _Place:
-    return _Place(row["device_class"], row["commit"], row["stack_id"])
+def _of_local_edits(row: Mapping[str, Any]) -> str:
+    return "its files differed from the commit" if row["commit"].endswith(_DIRTY) else ""
 
 
 def _by_series(
@@ -197,12 +265,12 @@ def _by_series(
     return groups
 
 
-def _newest_readings(rows: Iterable[dict[str, Any]]) -> _Readings:
+def _newest_readings(rows: Iterable[dict[str, Any]], axis: _Axis) -> _Readings:
     """Each point's samples at each place, from the newest run that has it. Rows oldest first."""
     runs: dict[tuple[_Place, str], str] = {}
     replicates: dict[tuple[_Place, str], list[dict[str, Any]]] = {}
     for row in rows:
-        key = (_place(row), row["point_id"])
+        key = (axis.place(row), row["point_id"])
         if runs.get(key) != row["run_id"]:
             runs[key], replicates[key] = row["run_id"], []
         replicates[key].append(row)
@@ -254,7 +322,7 @@ def _roll_up_places(found: Mapping[_Place, Mapping[str, float]]) -> dict[_Place,
     rolled: dict[_Place, float] = {}
     for device_class in {place.device_class for place in found}:
         of_device = {place: p for place, p in found.items() if place.device_class == device_class}
-        keys = {f"{place.commit} {place.stack_id}": place for place in of_device}
+        keys = {f"{place.commit} {place.environment}": place for place in of_device}
         for key, seconds in roll_up({key: of_device[place] for key, place in keys.items()}).items():
             rolled[keys[key]] = seconds
     return rolled
@@ -297,4 +365,11 @@ def _stack_label(row: Mapping[str, Any]) -> str:
     """`torch-2.13.0 1a2b3c4d`: readable, and different for different stacks."""
     versions = dict(entry.split("==", 1) for entry in row["stack"] or () if "==" in entry)
     torch = f"torch-{versions['torch']} " if "torch" in versions else ""
-    return f"{torch}{row['stack_id'][:8]}"
+    stack, dash, machine = _stack_key(row).partition("-")
+    return f"{torch}{stack[:8]}{dash}{machine}"
+
+
+def _stack_key(row: Mapping[str, Any]) -> str:
+    return stack_key(
+        row["stack_id"], row["driver_version"], row["cuda_version"], row["container_digest"]
+    )

@@ -57,10 +57,15 @@ def find_config(given: str | None) -> asv_api.AsvConfig:
 
 
 def check_repository(config: asv_api.AsvConfig) -> None:
-    """Raises UsageError when `repo` is a folder that is no git repository or has no commit."""
+    """Raises UsageError when `repo` is no folder, no git repository, or has no commit."""
     folder = config.folder / config.repo
-    if not folder.is_dir():
+    if ":" in config.repo and not folder.is_dir():
         return  # a URL: asv clones it
+    if not folder.is_dir():
+        raise UsageError(
+            f"{folder}: no such folder; name a clone of the project as `repo` of "
+            f"{config.path.name}, or make the stacks' repository: attnbench manifest write"
+        )
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), "rev-parse", "--verify", "HEAD"],
@@ -108,16 +113,20 @@ def _make_grid(config: asv_api.AsvConfig) -> Path:
 
 def _export_history(config: asv_api.AsvConfig) -> None:
     from attnbench.asv_bridge.exporter import COLUMNS, export_to_asv
+    from attnbench.history.manifest import is_manifest, stacks_of
     from attnbench.store import ResultsFolder
 
     folder = config.folder / settings_of(config).results
+    repository = config.folder / config.repo
+    stacks = stacks_of(repository) if is_manifest(repository) else None
     try:
         table = ResultsFolder(folder).table(COLUMNS)
     except ResultsFolderError:
         return  # nothing measured yet: asv publishes what it has itself
-    outcome = export_to_asv(table, None, config.results_dir)
+    outcome = export_to_asv(table, None, config.results_dir, stacks)
     print(
-        f"attnbench: {outcome.series} series of {outcome.commits} commits from {folder}",
+        f"attnbench: {outcome.series} series of {outcome.commits} "
+        f"{'commits' if stacks is None else 'stacks'} from {folder}",
         file=sys.stderr,
     )
     for run_id, why in sorted(outcome.left_out.items()):

@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from attnbench.store.record import short_hash
-from attnbench.store.record import stack_id as id_of_packages
 
 if TYPE_CHECKING:
     from attnbench.history.runs import RunSummary
@@ -105,24 +104,21 @@ def change_text(changed: Changed) -> str:
 def stacks_of_runs(runs: Iterable[RunSummary]) -> list[Stack]:
     """Each stack of each device class once, by when it was first measured.
 
-    Runs that do not know their packages have none.
+    Runs that do not know their stack have none.
     """
-    found = []
-    for run in runs:
-        if run.stack or run.stack_id:
-            packages = tuple(sorted(run.stack))
-            found.append(
-                Stack(
-                    device_class=run.device_class,
-                    stack_id=run.stack_id or id_of_packages(packages),
-                    packages=packages,
-                    driver_version=driver_number(run.driver_version),
-                    cuda_version=run.facts.get("cuda_version", ""),
-                    container_digest=run.facts.get("container_digest", ""),
-                    first_measured=run.started_at,
-                )
-            )
-    return merged(found)
+    return merged(
+        Stack(
+            device_class=run.device_class,
+            stack_id=run.stack_id,
+            packages=tuple(sorted(run.stack)),
+            driver_version=driver_number(run.driver_version),
+            cuda_version=run.facts.get("cuda_version", ""),
+            container_digest=run.facts.get("container_digest", ""),
+            first_measured=run.started_at,
+        )
+        for run in runs
+        if run.stack_id
+    )
 
 
 def merged(stacks: Iterable[Stack]) -> list[Stack]:

@@ -13,7 +13,14 @@ from attnbench.measure.plan import PlannedPoint
 from attnbench.store.header import RunHeader
 
 #: What must be the same when a run goes on: rows of one run are judged together.
-_SAME = ("device_class", "stack_id", "commit")
+_SAME = (
+    "device_class",
+    "stack_id",
+    "driver_version",
+    "cuda_version",
+    "container_digest",
+    "commit",
+)
 
 
 def new_header(
