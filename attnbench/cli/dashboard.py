@@ -26,9 +26,11 @@ def dashboard(
     format: FormatOption = Format.TABLE,
 ) -> None:
     """Write the pages; they open from disk, with no server. Prints where index.html is."""
-    from attnbench.cli.page_values import page_values
+    from attnbench.cli.page_values import page_values, watch_of
     from attnbench.dashboard import load_pages, read_matrix, render
     from attnbench.history import judge
+    from attnbench.history.acknowledge import load_acknowledgements
+    from attnbench.history.alarms import alarms_of
     from attnbench.history.panel import Panel
     from attnbench.settings import load_settings
     from attnbench.store import ResultsFolder
@@ -40,7 +42,9 @@ def dashboard(
     panel = Panel.of(folder)
     judgement = judge(panel, run or None)
     shard = str(folder.header(judgement.run.run_id).options.get("shard", ""))
-    judgement = replace(judgement, shard=shard)
+    entries = load_acknowledgements(settings.acknowledgements)
+    alarms = alarms_of(judgement, panel, entries, stale_nights=settings.stale_nights)
+    judgement = replace(judgement, shard=shard, alarms=alarms)
     pages = load_pages(config, settings.dashboards)
     index = render(
         panel,
@@ -50,6 +54,7 @@ def dashboard(
         matrix=read_matrix(settings.matrix_file),
         pages=pages,
         ceilings=folder.ceilings(),
+        watch=watch_of(folder, panel),
         **page_values(folder, settings, pages.runs),
     )
     emit([{"page": str(index), "runs": panel.num_runs, "series": panel.num_series}], format)

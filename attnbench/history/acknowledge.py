@@ -77,24 +77,22 @@ class Acknowledgement:
     place: str = field(default="", compare=False)
 
     def matches(self, fields: Mapping[str, str]) -> bool:
-        """Whether it is about the point that `fields` (key -> text) describes.
-
-        `series` is an id, the beginning of one of at least eight digits, or a title.
-        """
-        for name, pattern in self.patterns.items():
-            if name == "series":
-                own = (fields["series"], fields["point"])
-                is_id = len(pattern) >= 8 and any(one.startswith(pattern) for one in own)
-                if is_id or _fits(fields["title"], pattern):
-                    continue
-                return False
-            if not _fits(fields[name], pattern):
-                return False
-        return True
+        """Whether it is about the point that `fields` (`alarms.point_fields`) describes."""
+        return all(
+            matches_series(pattern, fields) if name == "series" else _fits(fields[name], pattern)
+            for name, pattern in self.patterns.items()
+        )
 
     def holds(self, day: date) -> bool:
         """Whether it has not expired on `day`."""
         return day <= self.expires
+
+
+def matches_series(pattern: str, fields: Mapping[str, str]) -> bool:
+    """Whether `pattern` is the point's title, or its series' or own id or eight digits of one."""
+    ids = (fields["series"], fields["point"])
+    is_id = len(pattern) >= 8 and any(one.startswith(pattern) for one in ids)
+    return is_id or _fits(fields["title"], pattern)
 
 
 def load_acknowledgements(path: Path, today: date | None = None) -> tuple[Acknowledgement, ...]:
@@ -235,10 +233,11 @@ class _Lines:
         """`acknowledged.toml, line 12`; of the entry where the key has no line of its own."""
         if number is not None and not self._starts:
             return self.of_entry(number)
-        start = 0 if number is None else self._starts[number]
-        later = [s for s in self._starts if number is None or s > start]
-        end = later[0] if later else len(self._lines)
-        own = re.compile(rf"\s*\[?[\"']?{re.escape(key)}[\"']?\s*[\]=.]")
+        start, end = 0, len(self._lines)
+        if number is not None:
+            start = self._starts[number]
+            end = min((s for s in self._starts if s > start), default=end)
+        own = re.compile(rf"\s*\[*\s*[\"']?{re.escape(key)}[\"']?\s*[\]=.]")
         for i in range(start, end):
             if own.match(self._lines[i]):
                 return f"{self._name}, line {i + 1}"

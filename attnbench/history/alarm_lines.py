@@ -1,9 +1,26 @@
-"""Alarms as lines for people: what is known and until when, what was accepted and is not any more."""
+"""Alarms as lines for people: what is known until when, what is not accepted any more."""
 
 from __future__ import annotations
 
 from attnbench.history.acknowledge import Acknowledgement, AlarmKind
 from attnbench.history.alarms import Alarm, Alarms
+
+
+def alarm_lines(alarms: Alarms, listed: int) -> list[tuple[str, str, str]]:
+    """Label, text and style of each line: at most `listed` of a kind, then how many more."""
+    kinds = (
+        ("stale", [stale_text(alarm) for alarm in alarms.of(AlarmKind.STALE)], "yellow"),
+        ("refused", [refused_text(alarm) for alarm in alarms.refused], "red"),
+        ("known", [known_text(alarm) for alarm in alarms.known], ""),
+        ("warning", list(alarms.warnings), "yellow"),
+    )
+    lines = []
+    for label, texts, style in kinds:
+        for i, text in enumerate(texts[:listed]):
+            lines.append((label if i == 0 else "", text, style))
+        if len(texts) > listed:
+            lines.append(("", f"and {len(texts) - listed} more", ""))
+    return lines
 
 
 def known_text(alarm: Alarm) -> str:
@@ -32,21 +49,12 @@ def stale_text(alarm: Alarm) -> str:
 
 
 def alarm_state(alarm: Alarm) -> str:
-    """What is wrong, in a word or two: `+8.1 %`, `CRASH`, `missing`, `not measured for 9 nights`."""
+    """What is wrong in a few words: `+8.1 %`, `CRASH`, `missing`."""
     if alarm.kind is AlarmKind.SLOWER:
         return _percent(alarm.ratio) if alarm.ratio else "slower"
     if alarm.kind is AlarmKind.STATUS and alarm.verdict is not None:
         return str(alarm.verdict.subject.status)
     return f"not measured for {alarm.nights} nights" if alarm.nights else "missing"
-
-
-def counts_text(alarms: Alarms) -> str:
-    """`2 known, 1 stale`; "" where there is nothing to count."""
-    counts = (
-        (len(alarms.of(AlarmKind.STALE)), "stale"),
-        (len(alarms.known), "known"),
-    )
-    return ", ".join(f"{count} {word}" for count, word in counts if count)
 
 
 def _entry_text(entry: Acknowledgement) -> str:

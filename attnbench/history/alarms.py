@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from attnbench.errors import ExitCode
 from attnbench.history.acknowledge import Acknowledgement, AlarmKind
@@ -22,18 +21,13 @@ from attnbench.history.gate import LEVEL_RUNS
 from attnbench.history.night import comparable
 from attnbench.history.panel import NOT_PLANNED, Panel
 from attnbench.history.rule import Reason, Verdict
+from attnbench.history.stale import STALE_NIGHTS, stale_points
 from attnbench.store.record import Status
 
 if TYPE_CHECKING:
     from attnbench.history.series import SeriesKey
     from attnbench.history.series_verdict import SeriesVerdict
     from attnbench.history.verdict import Judgement
-
-#: So many nights without a row of a point, on which its workload was measured, make it stale.
-STALE_NIGHTS = 7
-
-#: After so many times that, it is taken to be gone for good, and said no longer.
-_GONE = 4
 
 _WORKS = (Status.OK, Status.NOISY, Status.UNTIMED)
 
@@ -57,6 +51,8 @@ class Alarm:
         entry: what accepts it; None: nothing does.
         refused: entries about it that do not accept it (any more), each with why not.
         nights: of kind `stale`, how many nights it was not measured.
+        last_run: of kind `stale`, the run it was measured in last.
+        run_id: the run this is an alarm of.
     """
 
     kind: AlarmKind
@@ -69,6 +65,7 @@ class Alarm:
     refused: tuple[tuple[Acknowledgement, str], ...] = ()
     nights: int = 0
     last_run: str = ""
+    run_id: str = ""
 
     @property
     def title(self) -> str:
@@ -234,74 +231,18 @@ def _missing(
 def _stale(
     panel: Panel, number: int, metrics: set[str], nights: int, alarming: set[str]
 ) -> list[Alarm]:
-    """Backends that were measured on a workload and are not any more, while others are.
-
-    Per workload and backend, whatever the variant and timer: a backend that is measured in another
-    way has not fallen silent, and a workload that nobody is measured on left the suite. A night is
-    a day, so that shards and runs of one day are one. Runs without a suite are not nights.
-    """
-    run = panel.runs[number]
-    counted = [
-        i
-        for i, other in enumerate(panel.runs[: number + 1])
-        if other.device_class == run.device_class and other.suites and not panel.is_published[i]
-    ]
-    chosen = [
-        index
-        for index, key in enumerate(panel.keys)
-        if key.device_class == run.device_class and key.metric in metrics
-    ]
-    if not chosen or number not in counted:
-        return []
-    days = [panel.runs[i].started_at.date() for i in counted]
-    first_of_day = np.flatnonzero([i == 0 or days[i] != days[i - 1] for i in range(len(days))])
-    measured = np.logical_or.reduceat(
-        panel.status[np.ix_(chosen, counted)] != NOT_PLANNED, first_of_day, axis=1
-    )
-    identities = [panel.outline(index).identity for index in chosen]
-    texts = [
-        (str(i["workload"]), panel.keys[c].metric) for i, c in zip(identities, chosen, strict=True)
-    ]
-    by_workload, of_workload = _any_by(texts, measured)
-    pairs = [(*text, str(i["backend"])) for text, i in zip(texts, identities, strict=True)]
-    by_pair, of_pair = _any_by(pairs, measured)
-    # Nights since the backend's last one on which the workload was measured.
-    last = by_pair.shape[1] - 1 - by_pair[:, ::-1].argmax(axis=1)
-    workload_of_pair = np.zeros(len(by_pair), np.int64)
-    workload_of_pair[of_pair] = of_workload
-    theirs = by_workload[workload_of_pair]
-    since = (theirs & (np.arange(theirs.shape[1]) > last[:, None])).sum(axis=1)
-    is_stale = theirs[:, -1] & (since >= nights) & (since < _GONE * nights)
-    alarms = []
-    for pair in np.flatnonzero(is_stale & by_pair.any(axis=1)).tolist():
-        rows = np.flatnonzero((of_pair == pair) & measured[:, last[pair]])
-        index = chosen[int(rows[0])]
-        fields = _fields_of(panel, index)
-        if fields["point"] in alarming:
-            continue
-        planned = np.flatnonzero(panel.status[index, : number + 1] != NOT_PLANNED)
-        alarms.append(
-            Alarm(
-                kind=AlarmKind.STALE,
-                fields=fields,
-                exit_code=ExitCode.INCOMPLETE,
-                is_incomplete=True,
-                nights=int(since[pair]),
-                last_run=panel.runs[int(planned[-1])].run_id,
-            )
+    return [
+        Alarm(
+            kind=AlarmKind.STALE,
+            fields=fields,
+            exit_code=ExitCode.INCOMPLETE,
+            is_incomplete=True,
+            nights=one.nights,
+            last_run=one.last_run,
         )
-    return alarms
-
-
-def _any_by(
-    names: Sequence[tuple[str, ...]], measured: NDArray[np.bool_]
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Rows of `measured` joined by name: [num_names, nights], and the name's number of each row."""
-    numbers: dict[tuple[str, ...], int] = {}
-    of_row = np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
-    joined = np.zeros((len(numbers), measured.shape[1]), bool)
-    np.logical_or.at(joined, of_row, measured)
-    return joined, of_row
+        for one in stale_points(panel, number, metrics, nights)
+        if (fields := _fields_of(panel, one.series))["point"] not in alarming
+    ]
 
 
 def _acknowledged(
@@ -332,11 +273,13 @@ def _acknowledged(
             refused.append((entry, why_not))
         else:
             alarm = replace(alarm, refused=tuple(refused))
-        alarms.append(alarm)
+        alarms.append(replace(alarm, run_id=judgement.run.run_id))
+    # Of all series, where an entry was not used: one may be about a series that is well.
+    every = [_fields_of(panel, i) for i in range(panel.num_series)] if not all(used) else []
     warnings = [
         text
         for entry, run, is_used in zip(entries, since, used, strict=True)
-        if (text := _warning(entry, run, is_used, panel, number, day, device))
+        if (text := _warning(entry, run, is_used, panel, every, number, day, device))
     ]
     has_invalid = bool(judgement.of(Verdict.INVALID))
     return Alarms(alarms=tuple(alarms), warnings=tuple(warnings), has_invalid=has_invalid)
@@ -354,7 +297,7 @@ def _held_against(
         alarm = replace(alarm, ratio=ratio)
     if alarm.kind is AlarmKind.STATUS:
         assert alarm.verdict is not None
-        seen = {s for s in (alarm.verdict.subject.status, *alarm.verdict.subject.statuses)}
+        seen = {alarm.verdict.subject.status, *alarm.verdict.subject.statuses}
         others = sorted(seen - {*entry.statuses, *_WORKS})
         if others:
             return alarm, f"{', '.join(others)}, and {', '.join(entry.statuses)} was accepted"
@@ -402,6 +345,7 @@ def _warning(
     run: int | None,
     is_used: bool,
     panel: Panel,
+    every: Sequence[Mapping[str, str]],
     number: int,
     day: date,
     device: str,
@@ -414,7 +358,7 @@ def _warning(
         )
     if is_used:
         return ""
-    about = [i for i in range(panel.num_series) if entry.matches(_fields_of(panel, i))]
+    about = [i for i, fields in enumerate(every) if entry.matches(fields)]
     if not about:
         if entry.kind is AlarmKind.MISSING:
             return f"{entry.place}: matches no stored or missing point; mend or remove it"

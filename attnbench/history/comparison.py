@@ -120,13 +120,15 @@ def compare(table: pa.Table, a: str, b: str, settings: VerdictSettings | None = 
 
 
 def find_side(runs: Sequence[RunSummary], text: str) -> Side:
-    """The runs that `text` names: a run id, a commit or a stack id, or a prefix of four or more.
+    """The runs that `text` names: a run id, commit, stack id or key, or a prefix of four or more.
 
     Raises DataError if it names nothing, or more than one thing.
     """
     found: dict[tuple[str, str], list[RunSummary]] = defaultdict(list)
     for run in runs:
-        for kind, name in (("run", run.run_id), ("commit", run.commit), ("stack", run.stack_id)):
+        # `1a2b3c4d` names the packages whatever the driver, `1a2b3c4d-9e8f7a6b` one of its stacks.
+        stack = run.stack_key if "-" in text else run.stack_id
+        for kind, name in (("run", run.run_id), ("commit", run.commit), ("stack", stack)):
             if name and (name == text or (len(text) >= _MIN_PREFIX and name.startswith(text))):
                 found[kind, name].append(run)
     named = {key: value for key, value in found.items() if key[1] == text} or dict(found)

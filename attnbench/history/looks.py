@@ -89,26 +89,39 @@ def looks_of(found: Screen, floors: Floats) -> list[FirstLook | None]:
 def look_again(
     subject: RunValue, level: Sequence[RunValue], settings: VerdictSettings
 ) -> SecondLook | None:
-    """The second look, None if there was none.
-
-    The other side are the processes of the build before that took turns with the subject's; where
-    it could not be run, the runs of the level.
-    """
-    if not subject.confirmations:
+    """The second look, None if there was none, or nothing to hold it against."""
+    reference = other_side(subject, level)
+    if not subject.confirmations or not reference:
         return None
-    reference = subject.references or [v.median_s for v in level if v.median_s is not None]
     return second_look(subject.confirmations, reference, settings.confidence)
+
+
+def other_side(subject: RunValue, level: Sequence[RunValue]) -> tuple[float, ...]:
+    """What the subject's fresh processes are held against, in seconds.
+
+    The processes of the build before that took turns with them; where it could not be run, the runs
+    of the level.
+    """
+    if is_beside(subject):
+        return subject.references
+    return tuple(v.median_s for v in level if v.median_s is not None)
+
+
+def is_beside(subject: RunValue) -> bool:
+    """Whether the build before was measured beside the subject: in half of the rounds at least."""
+    return 0 < len(subject.confirmations) <= 2 * len(subject.references)
 
 
 def alarm_limit(looks: Sequence[tuple[FirstLook | None, SecondLook | None]]) -> float:
     """The largest p of a second look that is an alarm, given all of the night's picks.
 
-    What was picked and not measured again counts as harmless.
+    What was picked and not measured again counts as harmless. A series of too few runs for a first
+    look counts once it has a second one.
     """
     p = [
         second.p if second is not None else 1.0
         for first, second in looks
-        if first is not None and first.is_picked
+        if (first.is_picked if first is not None else second is not None)
     ]
     if not p:
         return LARGEST_P

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import numpy as np
 
 from attnbench.history.confirm import FUTILITY_ROUNDS, is_futile
 from attnbench.history.gate import LEVEL_RUNS
-from attnbench.history.looks import other_side
+from attnbench.history.looks import is_beside, other_side
 from attnbench.history.panel import NOT_PLANNED, Panel
-from attnbench.history.rule import VerdictSettings
+from attnbench.history.rule import Reason, VerdictSettings
 from attnbench.history.series_verdict import SeriesVerdict, timed_runs
 from attnbench.history.verdict import Judgement
 
@@ -23,32 +23,30 @@ _GROUP = ("backend", "variant", "phase")
 def points_to_confirm(judgement: Judgement, begun: Collection[str], at_most: int) -> list[str]:
     """Ids of the points to measure again, at most `at_most`: the worst of each group first.
 
-    By turns over the groups, so that a night on which one backend is slow everywhere leaves room
-    for what else is slow. `begun` are the points that were measured again already, by a night that
-    was stopped: they go on, and count.
+    What looks slower goes before what only cannot be told. By turns over the groups, so that a
+    night on which one backend is slow everywhere leaves room for what else is slow. `begun` are the
+    points that were measured again already, by a night that was stopped: they go on, and count.
     """
     worst: dict[str, SeriesVerdict] = {}
     for verdict in judgement.verdicts:
         point = verdict.series.key.point_id
-        if verdict.is_flagged and (point not in worst or _ratio(verdict) > _ratio(worst[point])):
+        if verdict.is_flagged and (point not in worst or _rank(verdict) < _rank(worst[point])):
             worst[point] = verdict
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for point, verdict in sorted(worst.items(), key=lambda item: (-_ratio(item[1]), item[0])):
+    for point, verdict in sorted(worst.items(), key=lambda item: (_rank(item[1]), item[0])):
         groups[tuple(str(verdict.series.identity[name]) for name in _GROUP)].append(point)
-    turns = [
+    turns = sorted(
         (turn, place, point)
         for place, points in enumerate(groups.values())
         for turn, point in enumerate(points)
         if point not in begun
-    ]
+    )
     free = max(0, at_most - len(begun))
-    return [*begun, *(point for _, _, point in sorted(turns)[:free])]
+    return [*begun, *(point for _, _, point in turns[:free])]
 
 
 def begun_points(panel: Panel, run_id: str) -> list[str]:
     """Ids of the points that a run has begun to measure again."""
-    if run_id not in panel.run_ids:
-        return []
     again = np.flatnonzero(panel.num_confirmations[:, panel.run_number(run_id)])
     return list(dict.fromkeys(panel.keys[index].point_id for index in again.tolist()))
 
@@ -70,22 +68,15 @@ def given_up(
     for series in panel.all_series(indices):
         subject = series.at(run_id)
         assert subject is not None
-        level = timed_runs(series, subject)[:-1][-LEVEL_RUNS:]
-        reference = other_side(subject, level)[:FUTILITY_ROUNDS]
-        if subject.references[:1] == ():
-            reference = other_side(subject, level)
+        other = other_side(subject, timed_runs(series, subject)[:-1][-LEVEL_RUNS:])
+        if is_beside(subject):
+            other = other[:FUTILITY_ROUNDS]
         again = subject.confirmations[:FUTILITY_ROUNDS]
-        noise = settings.noise(series.key.timer)
-        if not reference or not is_futile(again, reference, noise):
+        if not other or not is_futile(again, other, settings.noise(series.key.timer)):
             going.add(series.key.point_id)
     return frozenset(points) - going
 
 
-def _ratio(verdict: SeriesVerdict) -> float:
-    return verdict.estimate.ratio if verdict.estimate else math.inf
-
-
-def in_plan_order(points: Sequence[str], plan: Sequence[str]) -> list[str]:
-    """`points` as the plan has them."""
-    chosen = set(points)
-    return [point for point in plan if point in chosen]
+def _rank(verdict: SeriesVerdict) -> tuple[bool, float]:
+    ratio = verdict.estimate.ratio if verdict.estimate else math.inf
+    return verdict.reasons[0] is not Reason.NOT_CONFIRMED_YET, -ratio

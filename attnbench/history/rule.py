@@ -90,10 +90,10 @@ TIMER_NOISE: Mapping[str, TimerNoise] = {
 }
 
 #: How many runs' worth of evidence the assumed spread counts for.
-_PRIOR_RUNS = 4
+PRIOR_RUNS = 4
 
 #: From this many baseline runs on, their own spread is the yardstick.
-_MIN_RUNS = 3
+MIN_RUNS = 3
 
 #: Processes of one run that count in the interval of a series with fewer runs.
 _MOST_PROCESSES = 3
@@ -185,7 +185,7 @@ def estimate_groups(
     Three or more runs on both sides: Welch's interval of the runs' log medians. Otherwise the
     replicates are compared, see `_few_runs`.
     """
-    if min(len(a), len(b)) >= _MIN_RUNS:
+    if min(len(a), len(b)) >= MIN_RUNS:
         first = [math.log(statistics.median(run)) for run in a]
         second = [math.log(statistics.median(run)) for run in b]
         shift = statistics.median(second) - statistics.median(first)
@@ -234,9 +234,9 @@ def _few_runs(
     shift = statistics.median(b) - statistics.median(a)
     if min(len(a), len(b)) < noise.min_replicates:
         return Estimate(math.exp(shift), math.exp(shift), math.exp(shift), enough=False)
-    freedom = _PRIOR_RUNS + len(a) + len(b) - 2
+    freedom = PRIOR_RUNS + len(a) + len(b) - 2
     squares = sum((len(side) - 1) * _scaled_mad(side) ** 2 for side in (a, b))
-    variance = (_PRIOR_RUNS * noise.spread**2 + squares) / freedom
+    variance = (PRIOR_RUNS * noise.spread**2 + squares) / freedom
     half = _t_quantile(confidence, freedom) * math.sqrt(variance * sum(1 / c for c in counts))
     return _estimate(shift, half + math.log1p(noise.floor))
 

@@ -11,8 +11,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from attnbench.history.confirm import SecondLook
 from attnbench.history.gate import LEVEL_RUNS
-from attnbench.history.looks import FirstLook, alarm_limit, first_looks, look_again
+from attnbench.history.looks import (
+    FirstLook,
+    alarm_limit,
+    first_looks,
+    is_beside,
+    look_again,
+)
 from attnbench.history.rule import (
     Estimate,
     Reason,
@@ -28,6 +35,9 @@ from attnbench.store.record import Status
 
 #: Statuses of a point that ran and was right.
 _WORKS = frozenset({Status.OK, Status.NOISY, Status.UNTIMED})
+
+
+_NOT_BESIDE = "the build before did not time it; held against the runs before instead"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +86,7 @@ def judge_night(
         settings,
     )
     looks = [
-        (first, look_again(subject, runs[:-1][-LEVEL_RUNS:], settings) if first else None)
+        (first, look_of_night(first, subject, runs, settings))
         for (_, subject), runs, first in zip(pairs, timed, firsts, strict=True)
     ]
     limit = alarm_limit(looks)
@@ -84,6 +94,22 @@ def judge_night(
         judge_series(series, subject, settings, Night(first, limit), require_confirmation)
         for (series, subject), first in zip(pairs, firsts, strict=True)
     ]
+
+
+def look_of_night(
+    first: FirstLook | None,
+    subject: RunValue,
+    timed: Sequence[RunValue],
+    settings: VerdictSettings,
+) -> SecondLook | None:
+    """The second look that counts among the night's; `timed` is of `timed_runs`.
+
+    A series of one or two earlier runs has one only beside the build before: else its processes
+    are compared, and share the run with the first look.
+    """
+    if not subject.is_timed or len(timed) < 2 or not (first or is_beside(subject)):
+        return None
+    return look_again(subject, timed[:-1][-LEVEL_RUNS:], settings)
 
 
 def timed_runs(series: Series, subject: RunValue) -> list[RunValue]:
@@ -195,7 +221,9 @@ def _judge_time(
             reasons = (Reason.NOT_CONFIRMED_YET, reason)
             return replace(result, verdict=Verdict.UNDECIDED, reasons=reasons, is_flagged=True)
         return replace(result, is_flagged=True)
-    if night.first is None:
+    if settings.has_reference and not is_beside(subject):
+        result = replace(result, note=_NOT_BESIDE)
+    if night.first is None and not is_beside(subject):
         groups = [v.replicates for v in baseline]
         again = estimate_again(groups, subject.confirmations, noise, settings.confidence)
         return _confirmed(result, again, decide(again, noise)[0], noise)
@@ -221,14 +249,14 @@ def _first_verdict(
         groups = [v.replicates for v in baseline]
         found = estimate(groups, subject.replicates, noise, settings.confidence)
         return found, *decide(found, noise)
-    is_beside = settings.has_reference or bool(subject.references)
-    return night.first.estimate, *first_verdict(night.first, noise, is_beside)
+    beside = settings.has_reference or is_beside(subject)
+    return night.first.estimate, *first_verdict(night.first, noise, beside)
 
 
-def first_verdict(first: FirstLook, noise: TimerNoise, is_beside: bool) -> tuple[Verdict, Reason]:
-    """What the first look alone says; `is_beside`: the build before is measured beside the new."""
+def first_verdict(first: FirstLook, noise: TimerNoise, beside: bool) -> tuple[Verdict, Reason]:
+    """What the first look alone says; `beside`: the build before is measured beside the new."""
     verdict, reason = decide(first.estimate, noise)
-    if first.is_sure or (first.is_picked and is_beside):
+    if first.is_sure or (first.is_picked and beside):
         return Verdict.REGRESSION, Reason.SLOWER_THAN_FLOOR
     # One series alone would be called changed; among so many series of a night it is chance.
     if verdict is Verdict.REGRESSION or (verdict is Verdict.IMPROVEMENT and not first.is_faster):

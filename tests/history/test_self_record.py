@@ -1,0 +1,236 @@
+"""The gate's own record against slow oracles: judged tables, brute force, scipy's interval."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnbench.history.gate import accepted
+from attnbench.history.panel import Panel
+from attnbench.history.replay import STEPS, accepted_beside, replay
+from attnbench.history.rule import VerdictSettings
+from attnbench.history.self_record import (
+    clopper_pearson,
+    equal_nights,
+    gate_record,
+    rehearsals_of,
+)
+from attnbench.history.verdict import judge
+from attnbench.store.record import Measurement
+from tests.history.fake import row, table_of, timed
+
+TEXTS = [f"{n}q1s512 dtype=fp32" for n in range(2, 8)]
+
+
+def panel_of(rows: list[Measurement]) -> Panel:
+    return Panel.of_table(table_of(rows))
+
+
+@pytest.mark.parametrize(("count", "of"), [(0, 1), (1, 1), (0, 203), (3, 40), (40, 40), (7, 9)])
+def test_the_interval_is_scipys(count: int, of: int) -> None:
+    from scipy.stats import binomtest
+
+    expected = binomtest(count, of).proportion_ci(0.95, method="exact")
+    assert clopper_pearson(count, of) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_of_nothing_nothing_is_known() -> None:
+    assert clopper_pearson(0, 0) == (0.0, 1.0)
+    record = gate_record(panel_of(timed([1e-3] * 2, workload=TEXTS[0])))
+    assert record["false_alarms"]["nights"] == 0
+    assert record["false_alarms"]["alarming"]["rate"] is None
+    assert record["power"]["by_timer"] == []
+    json.dumps(record, allow_nan=False)
+
+
+P = st.floats(0, 1).map(lambda p: round(p, 2)) | st.floats(0, 1)
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.lists(P, min_size=1, max_size=12), st.data(), st.sampled_from([0.05, 0.5]))
+def test_one_p_in_the_place_of_another_as_by_the_whole_procedure(
+    p: list[float], data: st.DataObject, share: float
+) -> None:
+    night = np.array(p)
+    rows = np.arange(len(p))
+    stepped = np.array(data.draw(st.lists(P, min_size=len(p), max_size=len(p))))
+    expected = []
+    for i in rows:
+        changed = night.copy()
+        changed[i] = stepped[i]
+        expected.append(bool(accepted(changed, share)[i]))
+    assert accepted_beside(night, rows, stepped, share).tolist() == expected
+
+
+def noisy(runs: int, seed: int, spread: float = 0.004, **more: Any) -> list[Measurement]:
+    """Six series, two processes a run."""
+    rng = random.Random(seed)
+    return [
+        row(
+            run,
+            process,
+            workload=text,
+            seconds=1e-3 * math.exp(level + rng.gauss(0, spread / 2)),
+            timer="event",
+            **more,
+        )
+        for run in range(runs)
+        for text in TEXTS
+        for level in [rng.gauss(0, spread)]
+        for process in range(2)
+    ]
+
+
+def stepped(rows: list[Measurement], text: str, run_ids: set[str], step: float) -> Panel:
+    return panel_of(
+        [
+            replace(one, samples=tuple(s * (1 + step) for s in one.samples))
+            if one.workload == text and one.run_id in run_ids
+            else one
+            for one in rows
+        ]
+    )
+
+
+@pytest.mark.parametrize("has_reference", [True, False])
+def test_a_replayed_pick_is_that_of_a_judged_night(has_reference: bool) -> None:
+    rows = noisy(14, 3)
+    panel = panel_of(rows)
+    ids = [run.run_id for run in panel.runs]
+    rule = VerdictSettings(has_reference=has_reference)
+    found = replay(panel, rule, np.ones(14, bool), nights=1, seed=0)
+    assert found.nights == 1
+    (by_step,) = found.counts.values()
+    expected = 0
+    for text in TEXTS:
+        workload = row(0, workload=text).workload
+        judged = judge(stepped(rows, workload, set(ids[11:]), STEPS[1]), ids[11], rule)
+        (own,) = [v for v in judged.verdicts if v.series.identity["workload"] == workload]
+        expected += own.is_flagged and "slower_than_floor" in own.reasons
+    assert (by_step[1].trials, by_step[1].picked) == (6, expected)
+    assert expected > 0
+
+
+def test_power_grows_with_the_step_and_the_nights_and_is_repeatable() -> None:
+    panel = panel_of(noisy(16, 5))
+    first = replay(panel, VerdictSettings(has_reference=True), np.ones(16, bool), 6, seed=1)
+    again = replay(panel, VerdictSettings(has_reference=True), np.ones(16, bool), 6, seed=1)
+    (counts,) = first.counts.values()
+    (same,) = again.counts.values()
+    assert counts == same
+    assert [c.trials for c in counts] == [36] * 4
+    shares = [c.confirmed for c in counts]
+    assert all(nights == sorted(nights) for nights in shares)
+    assert shares[0][0] < shares[2][0] <= shares[3][0]
+    assert shares[3][2] == 36
+    few = replay(panel, VerdictSettings(), np.ones(16, bool), 6, seed=1, trials=5)
+    assert [c.trials for c in few.counts["event"]] == [5] * 4
+
+
+def test_a_step_within_the_noise_is_not_confirmed() -> None:
+    panel = panel_of(noisy(12, 7, spread=0.1))
+    (counts,) = replay(panel, VerdictSettings(), np.ones(12, bool), 4, seed=1).counts.values()
+    assert counts[0].trials > 12
+    assert counts[0].confirmed[2] <= counts[0].trials / 5
+
+
+def test_what_was_picked_as_it_was_gets_no_step() -> None:
+    """It would be counted as seen, whatever the step."""
+    rows = noisy(12, 9)
+    slow = stepped(rows, row(0, workload=TEXTS[0]).workload, {row(9).run_id}, 0.2)
+    both = [
+        replay(panel, VerdictSettings(), np.ones(12, bool), 1, seed=1).counts["event"][0].trials
+        for panel in (panel_of(rows), slow)
+    ]
+    assert both == [6, 5]
+
+
+SAME: dict[str, Any] = {"commit": "a" * 40}
+
+
+def equal_pair() -> list[Measurement]:
+    """Ten runs, then two of one commit. One series is slow in the last only, one in both."""
+    rows = timed([1e-3] * 10, workload=TEXTS[0]) + timed(
+        [1e-3, 1.5e-3], 10, workload=TEXTS[0], **SAME
+    )
+    rows += timed([1e-3] * 10, workload=TEXTS[1]) + timed(
+        [1.5e-3] * 2, 10, workload=TEXTS[1], **SAME
+    )
+    rows += timed([1e-3] * 10, workload=TEXTS[2]) + timed([1e-3] * 2, 10, workload=TEXTS[2], **SAME)
+    for text in TEXTS[:2]:
+        rows += [row(11, 100 + r, workload=text, seconds=1.5e-3, **SAME) for r in range(10)]
+    return rows
+
+
+def test_an_alarm_of_an_equal_night_is_false_unless_it_stood_before() -> None:
+    panel = panel_of(equal_pair())
+    assert [(n.before, n.run) for n in equal_nights(panel)] == [(10, 11)]
+    found = gate_record(panel)["false_alarms"]
+    assert (found["nights"], found["alarming"]["count"]) == (1, 1)
+    (wall,) = found["by_timer"]
+    assert wall["timer"] == "wall"
+    assert wall["standing"] == 1
+    assert (wall["picked"]["count"], wall["confirmed"]["count"]) == (1, 1)
+    assert wall["confirmed"]["of"] == 2
+    assert wall["undecided"]["count"] == 0
+    (listed,) = found["listed"]
+    assert (listed["run_id"], listed["before"]) == (row(11).run_id, row(10).run_id)
+    json.dumps(gate_record(panel), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"commit": "b" * 40},
+        {"commit": ""},
+        {"commit": "a" * 40 + "+dirty"},
+        {"stack": ("torch==9",), "stack_id": "other"},
+        {"driver_version": "999"},
+        {"device_class": "h200"},
+        {"suite": "prefill"},
+    ],
+)
+def test_what_is_no_equal_night(changes: dict[str, Any]) -> None:
+    first = timed([1e-3], 10, workload=TEXTS[0], **SAME)
+    assert len(equal_nights(panel_of(first + timed([1e-3], 11, workload=TEXTS[0], **SAME)))) == 1
+    second = timed([1e-3], 11, workload=TEXTS[0], **{**SAME, **changes})
+    assert equal_nights(panel_of(first + second)) == []
+
+
+def test_a_rehearsal_is_a_record_of_its_own() -> None:
+    panel = panel_of(equal_pair())
+    rehearsals = {row(11).run_id: {"CPU_ATTN": 1.5}}
+    assert equal_nights(panel, rehearsals) == []
+    record = gate_record(panel, rehearsals=rehearsals)
+    (rehearsed,) = record["rehearsed"]
+    assert (rehearsed["timer"], rehearsed["factor"], rehearsed["runs"]) == ("wall", 1.5, 1)
+    assert (rehearsed["confirmed"]["count"], rehearsed["confirmed"]["of"]) == (2, 3)
+    assert record["false_alarms"]["nights"] == 0
+
+
+def test_a_lost_support_of_an_equal_night_is_counted() -> None:
+    rows = timed([1e-3] * 10, workload=TEXTS[0]) + timed([1e-3], 10, workload=TEXTS[0], **SAME)
+    rows += [row(11, r, workload=TEXTS[0], status="CRASH", **SAME) for r in range(3)]
+    found = gate_record(panel_of(rows))["false_alarms"]
+    assert (found["support"]["count"], found["support"]["of"]) == (1, 1)
+
+
+def test_rehearsals_are_read_from_headers() -> None:
+    class Header:
+        def __init__(self, options: dict[str, Any]) -> None:
+            self.options = options
+
+    class Folder:
+        def header(self, run_id: str) -> Header:
+            slowed = [["CPU_ATTN", 1.3]] if run_id == "b" else []
+            return Header({} if run_id == "a" else {"fake_slowdown": slowed})
+
+    assert rehearsals_of(Folder(), "abc") == {"b": {"CPU_ATTN": 1.3}}  # type: ignore[arg-type]
