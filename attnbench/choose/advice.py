@@ -11,7 +11,8 @@ from attnbench.backends.device import Device
 from attnbench.choose.crossover import Crossover, crossovers
 from attnbench.choose.flags import Realised, by_phase, kind_of, realise
 from attnbench.choose.rank import Outcome, Part, Ranking, Times, rank, ratio_of
-from attnbench.choose.stored import Choice, Ended, How, Measured, Point, Timed
+from attnbench.choose.stored import Ended, Measured, Point, Timed, unstable
+from attnbench.choose.tries import Choice, How
 from attnbench.choose.valid import Default, expected, matching, refusal
 from attnbench.errors import ExitCode, UsageError
 from attnbench.history.rule import Estimate, Verdict, VerdictSettings, decide
@@ -243,6 +244,12 @@ def _reason(ended: Ended, part: Part) -> str:
     return f"{EXCLUDED[ended.status]} on {part.batch} ({ended.status}){more}"
 
 
+def _unstable(times: Times) -> str:
+    """Why these times are none to rank by; "": they are."""
+    why = unstable(times.values())
+    return f"{EXCLUDED[Status.NOISY]} ({Status.NOISY}): {why}" if why else ""
+
+
 def _contenders(
     parts: Sequence[tuple[int, Part]],
     points: Sequence[Point],
@@ -262,10 +269,13 @@ def _contenders(
                 why = why or _reason(ended, part)
             elif choice not in points[place].timed:
                 lacking.append(part.workload)
+        its = {p: timed for p, _ in parts if (timed := points[p].timed.get(choice))}
+        if not why and not lacking:
+            why = _unstable(its)
         if why:
             barred[choice.text] = why
         elif not lacking:
-            times[choice.text] = {place: points[place].timed[choice] for place, _ in parts}
+            times[choice.text] = its
         elif choice in wanted or len(lacking) < len(parts):
             # Measured over another block size or by another variant, the name is known well enough.
             absent[choice] = lacking
@@ -299,6 +309,8 @@ def _regret(
             lacks = said or f"not measured on {part.batch}"
             return Regret(defaults[0], name, None, why=why or f"{name}: {lacks}")
         times[place] = timed[choice]
+    if said := _unstable(times):
+        return Regret(defaults[0], name, None, why=why or f"{name}: {said}")
     base = {place: points[place].timed[best] for place, _ in parts}
     ratio = ratio_of(parts, base, times, timer, settings)
     verdict = decide(ratio, settings.noise(timer))[0]

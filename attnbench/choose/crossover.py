@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from attnbench.choose.stored import Choice, Point
+from attnbench.choose.stored import Point, unstable
+from attnbench.choose.tries import Choice
 from attnbench.history.rule import Verdict, VerdictSettings, decide, estimate_groups
 from attnbench.workload import Workload
 
@@ -106,7 +107,7 @@ def _clear_winner(
     point: Point, valid: Sequence[Choice], timer: str, settings: VerdictSettings
 ) -> Choice | None:
     timed = sorted(
-        (one for choice, one in point.timed.items() if choice in valid),
+        (one for choice, one in point.timed.items() if choice in valid and not unstable([one])),
         key=lambda one: (one.seconds, one.choice),
     )
     if len(timed) < 2:

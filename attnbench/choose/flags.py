@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from attnbench.backends.declared.families import families
-from attnbench.choose.stored import Choice
+from attnbench.choose.tries import Choice
 from attnbench.workload import Workload
 
 PER_KIND_SINCE = (0, 30)

@@ -18,7 +18,8 @@ import numpy as np
 from attnbench.backends.registry import backend_entry, split_request
 from attnbench.choose.itl_rest import Rest
 from attnbench.choose.loads import Load, concurrency, curves
-from attnbench.choose.stored import Choice, Measured, Point, Timed
+from attnbench.choose.stored import Ended, Measured, Point, Timed, unstable
+from attnbench.choose.tries import Choice
 from attnbench.store.record import Status
 from attnbench.traffic.itl import ATTENTION_ONLY, serve
 from attnbench.traffic.itl_interval import Interval, intervals
@@ -118,19 +119,8 @@ def answer(
         UnknownBackendError: a request for a backend that nobody registered.
         UsageError: a load that is not above zero.
     """
-    for request in requests:
-        backend_entry(split_request(request)[0])
     workloads = reduced.reduction.workloads
-    points = [measured.point(workload) for workload in workloads]
-    stored = sorted({one for point in points for one in (*point.timed, *point.ended)})
-    chosen: dict[Choice, None] = {}
-    lacking: list[Unanswered] = []
-    for request in requests or dict.fromkeys(choice.request for choice in stored):
-        mine = [choice for choice in stored if _is_asked(choice, request)]
-        whole = [choice for choice in mine if all(choice in point.timed for point in points)]
-        chosen.update(dict.fromkeys(whole))
-        if not whole:
-            lacking.append(_unanswered(request, mine, points, workloads))
+    points, chosen, lacking = with_all_times(workloads, measured, requests)
     rest: StepModel | None = reduced.linear if with_rest else None
     rest = rest if steps is None else steps.model
     rates = [(load, scale_rate(reduced.trace, load)) for load in loads]
@@ -140,6 +130,38 @@ def answer(
     if steps is not None:
         scope = f"attention, and the rest of {steps.text}"
     return UserAnswer((*found, _bound(reduced, rest, rates)), tuple(lacking), scope, len(workloads))
+
+
+def with_all_times(
+    workloads: Sequence[Workload], measured: Measured, requests: Sequence[str]
+) -> tuple[list[Point], list[Choice], list[Unanswered]]:
+    """(num_workloads,) what is stored, who has a time of every one, and who lacks what.
+
+    Args:
+        requests: as of `answer`.
+
+    Raises:
+        UnknownBackendError: a request for a backend that nobody registered.
+    """
+    for request in requests:
+        backend_entry(split_request(request)[0])
+    points = [measured.point(workload) for workload in workloads]
+    stored = sorted({one for point in points for one in (*point.timed, *point.ended)})
+    chosen: dict[Choice, None] = {}
+    lacking: list[Unanswered] = []
+    for request in requests or dict.fromkeys(choice.request for choice in stored):
+        mine = [choice for choice in stored if _is_asked(choice, request)]
+        whole = [choice for choice in mine if _is_whole(choice, points)]
+        chosen.update(dict.fromkeys(whole))
+        if not whole:
+            lacking.append(_unanswered(request, mine, points, workloads))
+    return points, list(chosen), lacking
+
+
+def _is_whole(choice: Choice, points: Sequence[Point]) -> bool:
+    """Whether it has a time of every batch, and they settled."""
+    timed = [point.timed[choice] for point in points if choice in point.timed]
+    return len(timed) == len(points) and not unstable(timed)
 
 
 def _is_asked(choice: Choice, request: str) -> bool:
@@ -225,11 +247,14 @@ def _unanswered(
     best = max(mine, key=lambda choice: sum(choice in point.timed for point in points))
     lacks: list[Workload] = []
     counts: dict[str, int] = {}
+    restless = unstable(one.timed[best] for one in points if best in one.timed)
     for point, workload in zip(points, workloads, strict=True):
-        if best in point.timed:
+        if best in point.timed and not (restless and point.timed[best].num_noisy):
             continue
         ended = point.ended.get(best)
         why = "not measured"
+        if best in point.timed:
+            ended = Ended(best, Status.NOISY, f"in all {restless}")
         if ended is not None:
             why = f"{ended.status}: {ended.reason}" if ended.reason else str(ended.status)
         counts[why] = counts.get(why, 0) + 1

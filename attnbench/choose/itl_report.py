@@ -5,12 +5,12 @@ Seconds become milliseconds, and shares percent, here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isnan
 from shlex import quote
 from typing import Any
 
-from attnbench.choose.itl import VALUES, Answer, UserAnswer
+from attnbench.choose.itl import VALUES, Answer, Unanswered, UserAnswer
 from attnbench.choose.loads import SHARES, Load
 from attnbench.choose.report import REPLICATES
 from attnbench.upgrade.cost_report import brace
@@ -89,17 +89,22 @@ def to_json(
     }
 
 
-def measure_command(found: UserAnswer, suite: str, write_suite: str, run_words: str) -> str:
+def measure_command(
+    lacking: Sequence[Unanswered],
+    suites: Mapping[str, str],
+    run_words: str,
+    is_empty: bool = False,
+) -> str:
     """The one line for all that is missing and a run can mend; "": nothing.
 
     Args:
-        suite: name of the batches as a suite: taken where they are too many to paste.
-        write_suite: the `attnbench traffic` command that writes it.
+        suites: the batches as suites: taken where they are too many to paste; by their names, the
+            `attnbench traffic` commands that write them.
         run_words: how the other times were measured, ` --timer event` and the like.
+        is_empty: nothing is stored and nobody asked for: whoever can is measured.
     """
-    wanted = [one for one in found.unanswered if one.to_measure]
-    nobody = len(found.answers) == 1 and not found.unanswered
-    if not wanted and not nobody:
+    wanted = [one for one in lacking if one.to_measure]
+    if not wanted and not is_empty:
         return ""
     tail = "".join(f" --backend {quote(one.request)}" for one in wanted)
     tail += f" --replicates {REPLICATES}{run_words}"
@@ -107,7 +112,8 @@ def measure_command(found: UserAnswer, suite: str, write_suite: str, run_words: 
     words = brace(list(texts)) if wanted else None
     if words is not None and len(words) <= _LONGEST:
         return f"attnbench run {quote(words)}{tail}"
-    return f"{write_suite} && attnbench run --suite {suite} --preset full{tail}"
+    names = "".join(f" --suite {name}" for name in suites)
+    return f"{' && '.join(suites.values())} && attnbench run{names} --preset full{tail}"
 
 
 def _rest(one: Answer) -> dict[str, Any]:

@@ -7,15 +7,14 @@ and the differences of noisy times of each would be called differences of backen
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from shlex import quote
-from typing import Any
 
 from attnbench.choose.report import REPLICATES
-from attnbench.choose.stored import BATCH, LAYER, Choice, How, Measured
+from attnbench.choose.stored import MOST_NOISY, Measured, used_replicates
+from attnbench.choose.tries import BATCH, Choice, How, Try, layer_key
 from attnbench.errors import UsageError
 from attnbench.store.record import PROTOCOL_VERSION, Status
 from attnbench.traffic.latency_rest import MeasuredRest, StepTimes
@@ -48,8 +47,8 @@ class Rest:
 
 
 def measured_rest(
-    steps: Iterable[Mapping[str, Any]],
-    attention: Sequence[Mapping[str, Any]],
+    steps: Iterable[Try],
+    attention: Sequence[Try],
     layer: Workload,
     model: Model,
     measured: Measured,
@@ -59,7 +58,7 @@ def measured_rest(
     """The rest of a step of `model` around `layer`.
 
     Args:
-        steps, attention: rows of the metrics `step` and `attention`.
+        steps, attention: tries of the metrics `step` and `attention`.
         measured: what the answer is from: its steps must have been measured alike.
         command: what measures the steps, for a message.
 
@@ -68,26 +67,26 @@ def measured_rest(
     """
     hidden = frozenset(published)
     device_class = measured.device_class
-    wanted = tuple(layer.columns()[name] for name in LAYER)
-    mine: dict[Choice, dict[How, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in steps:
+    wanted = layer_key(layer.columns())
+    mine: dict[Choice, dict[How, list[Try]]] = defaultdict(lambda: defaultdict(list))
+    for one in steps:
+        what = one.what
         if (
-            row["device_class"] == device_class
-            and row["protocol_version"] == PROTOCOL_VERSION
-            and row["run_id"] not in hidden
-            and tuple(row[name] for name in LAYER) == wanted
-            and Workload.parse(row["workload"]).model == model.sizes.text
+            what.how.device_class == device_class
+            and what.protocol_version == PROTOCOL_VERSION
+            and one.run_id not in hidden
+            and what.layer == wanted
+            and Workload.parse(what.workload).model == model.sizes.text
         ):
-            how = How(*(row[name] or "" for name in How.__slots__))
-            mine[Choice(*(row[name] for name in Choice.__slots__))][how].append(row)
+            mine[what.choice][what.how].append(one)
     found: list[Rest] = []
     refused: list[str] = []
     for choice, by_how in mine.items():
-        for how, rows in by_how.items():
+        for how, tries in by_how.items():
             if measured.how not in (None, how):
                 refused.append(f"{choice.text}: measured otherwise than attention, {how.text}")
                 continue
-            times, why = _times(choice, how, rows, attention, device_class, hidden)
+            times, why = _times(choice, how, tries, attention, device_class, hidden)
             try:
                 found.append(Rest(MeasuredRest(times, model.num_layers), choice, how))
             except UsageError as error:
@@ -104,35 +103,35 @@ def measured_rest(
 def _times(
     choice: Choice,
     how: How,
-    rows: Sequence[Mapping[str, Any]],
-    attention: Sequence[Mapping[str, Any]],
+    tries: Sequence[Try],
+    attention: Sequence[Try],
     device_class: str,
     hidden: frozenset[str],
 ) -> tuple[list[StepTimes], list[str]]:
     """Batches with steps and attention, and why others are none."""
-    newest: dict[tuple[Workload, int], list[Mapping[str, Any]]] = defaultdict(list)
-    for row in rows:
-        workload = Workload.parse(row["workload"])
-        newest[workload.attention, workload.shape.num_layers].append(row)
+    newest: dict[tuple[Workload, int], Try] = {}
+    for one in sorted(tries, key=lambda tried: tried.age):
+        workload = Workload.parse(one.what.workload)
+        newest[workload.attention, workload.shape.num_layers] = one
     timed: dict[Workload, dict[int, list[float]]] = defaultdict(dict)
     why: dict[str, None] = {}
-    for (workload, layers), tries in newest.items():
-        run_id = max(tries, key=lambda row: (row["started_at"], row["run_id"]))["run_id"]
-        last = [row for row in tries if row["run_id"] == run_id]
-        bad = next((row for row in last if row["status"] != Status.OK), None)
-        if bad is not None:
-            why[f"a step ended as {bad['status']}"] = None
+    for (workload, layers), last in newest.items():
+        replicates, noisy, status = used_replicates(last)
+        if noisy > MOST_NOISY * len(replicates):
+            status = Status.NOISY
+        if status is not Status.OK:
+            why[f"a step ended as {status}"] = None
             continue
-        timed[workload][layers] = [statistics.median(row["samples"]) for row in last]
+        timed[workload][layers] = replicates
     alone = Measured(attention, device_class, list(timed), hidden)
     found = []
     for workload, steps in timed.items():
-        one = alone.point(workload).timed.get(choice) if alone.how == how else None
-        if one is None:
+        attended = alone.point(workload).timed.get(choice) if alone.how == how else None
+        if attended is None:
             why["attention of a batch by itself has no time of the same kind"] = None
             continue
         key = " ".join(str(workload.columns()[name]) for name in BATCH[:1])
-        found.append(StepTimes(key, workload.num_tokens, steps, one.replicates))
+        found.append(StepTimes(key, workload.num_tokens, steps, attended.replicates))
     return found, list(why)
 
 

@@ -15,33 +15,35 @@ from attnbench.backends.abstract import AttentionConfig
 from attnbench.backends.device import Device
 from attnbench.choose.crossover import crossovers, place_of
 from attnbench.choose.rank import Part, Ranking, Standing, rank, ratio_of
-from attnbench.choose.stored import Choice, Measured, Point, batch_key, layer_key
+from attnbench.choose.stored import Measured, Point, Timed, unstable
+from attnbench.choose.tries import Choice, Try
 from attnbench.choose.valid import Default, followed_default, matching, refusal
 from attnbench.errors import DeviceError
 from attnbench.history.rule import Estimate, Verdict, VerdictSettings, decide
 from attnbench.selection import config_of, resolve_device
+from attnbench.store.record import Status
 from attnbench.workload import Workload
 
-Rows = Sequence[Mapping[str, Any]]
+Tries = Sequence[Try]
 _OF_A_BATCH = ("shape=", "dtype=", "block=", "layout=", "lengths=", "seed=", "prefix=")
 """Words of a workload that are said elsewhere, or are the batch's or the backend's own."""
 
 
-def choices_of(rows: Rows, published: Iterable[str] = (), runs: int = 60) -> dict[str, Any]:
+def choices_of(tries: Tries, published: Iterable[str] = (), runs: int = 60) -> dict[str, Any]:
     """Everything the page of choices shows of stored times.
 
     Args:
-        rows: of `read_rows`, with made-up times only where they are to be shown.
+        tries: of `read_tries`, with made-up times only where they are to be shown.
         published: runs that may be of a stranger's machine.
         runs: how many of the newest runs of a layer have their regret told.
     """
     hidden = frozenset(published)
-    layers: dict[tuple[str, Any], list[Mapping[str, Any]]] = defaultdict(list)
-    for row in rows:
-        layers[row["device_class"], layer_key(row)].append(row)
+    layers: dict[tuple[str, Any], list[Try]] = defaultdict(list)
+    for tried in tries:
+        layers[tried.what.how.device_class, tried.what.layer].append(tried)
     found = [
         layer
-        for (device_class, _), own in sorted(layers.items(), key=lambda one: str(one[0]))
+        for (device_class, _), own in sorted(layers.items(), key=lambda item: str(item[0]))
         if (layer := _Layer.of(own, device_class, hidden)) is not None
     ]
     return {
@@ -54,21 +56,25 @@ class _Layer:
     """One layer on one device class."""
 
     def __init__(
-        self, rows: Rows, device_class: str, device: Device, hidden: frozenset[str]
+        self, tries: Tries, device_class: str, device: Device, hidden: frozenset[str]
     ) -> None:
-        self._rows, self._device_class, self._device = rows, device_class, device
+        self._tries, self._device_class, self._device = tries, device_class, device
         self._settings = VerdictSettings()
-        texts = sorted({row["workload"] for row in rows})
+        texts = sorted({what.workload for what in {one.what for one in tries}})
         self._workloads = {text: Workload.parse(text) for text in texts}
-        self.measured = Measured(rows, device_class, list(self._workloads.values()), hidden)
+        self.measured = Measured.all_of(tries, device_class, hidden)
+        self._batches = {
+            text: (str(one.columns()["batch_spec"]), str(one.phase), config_of(one))
+            for text, one in self._workloads.items()
+        }
         self._refused: dict[tuple[Choice, AttentionConfig], str] = {}
 
     @classmethod
-    def of(cls, rows: Rows, device_class: str, hidden: frozenset[str]) -> _Layer | None:
+    def of(cls, tries: Tries, device_class: str, hidden: frozenset[str]) -> _Layer | None:
         """None: no time, or a device that selection does not know."""
-        text = str(rows[0]["compute_capability"] or rows[0]["device_kind"])
+        text = tries[0].what.compute_capability or tries[0].what.device_kind
         try:
-            layer = cls(rows, device_class, resolve_device(text), hidden)
+            layer = cls(tries, device_class, resolve_device(text), hidden)
         except DeviceError:
             return None
         return layer if layer.measured.how is not None else None
@@ -76,9 +82,9 @@ class _Layer:
     def maps(self) -> list[dict[str, Any]]:
         """One a phase and query length (0: the whole of a prompt): requests by sequence length."""
         assert self.measured.how is not None
-        first = next(iter(self._workloads.values()))
+        name, first = next(iter(self._workloads.items()))
         grid = self.measured.grid(first)
-        valid = {c for point in grid.values() for c in point.timed if not self._refusal(c, first)}
+        valid = {c for point in grid.values() for c in point.timed if not self._refusal(c, name)}
         timer = self.measured.how.timer
         about = self._about()
         told = crossovers(grid, sorted(valid), timer, self._settings)
@@ -123,12 +129,12 @@ class _Layer:
     def regret(self, runs: int) -> dict[str, Any] | None:
         """Of each run, oldest first: batch by batch the default's time over the fastest one's."""
         default = followed_default(self._workloads, self._device, 0)
-        by_run: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-        for row in self._rows:
-            by_run[row["run_id"]].append(row)
-        started = {run: min(row["started_at"] for row in own) for run, own in by_run.items()}
+        by_run: dict[str, list[Try]] = defaultdict(list)
+        for one in self._tries:
+            by_run[one.run_id].append(one)
+        started = {run: min(one.started_at for one in own) for run, own in by_run.items()}
         newest = sorted(by_run, key=lambda run: (started[run], run))[-runs:]
-        told = [one for run in newest if (one := self._regret_of(run, by_run[run], default))]
+        told = [row for run in newest if (row := self._regret_of(run, by_run[run], default))]
         if not told:
             return None
         return {
@@ -139,36 +145,32 @@ class _Layer:
             "runs": told,
         }
 
-    def _regret_of(self, run: str, rows: Rows, default: Default) -> dict[str, Any] | None:
-        texts = sorted({row["workload"] for row in rows})
+    def _regret_of(self, run: str, tries: Tries, default: Default) -> dict[str, Any] | None:
         # Of one way of measuring: a run may have several.
-        own = Measured(rows, self._device_class, [self._workloads[text] for text in texts])
+        own = Measured.all_of(tries, self._device_class)
         if own.how is None:
             return None
         batches = []
         missing = 0
-        points = {
-            batch_key(one.columns()): (one, own.point(one))
-            for one in (self._workloads[text] for text in texts)
-        }
-        for workload, point in points.values():
-            timed = {c: t for c, t in point.timed.items() if not self._refusal(c, workload)}
+        for text, point in sorted(own.points().items()):
+            workload = self._workloads[text]
+            timed = {c: t for c, t in point.timed.items() if not self._why_not(c, t, text)}
             if len(timed) < 2:
                 continue
-            its = matching(default, workload.text, list(timed), workload.block_size)
+            its = matching(default, text, list(timed), workload.block_size)
             if its is None:
                 missing += 1
                 continue
             best = min(timed, key=lambda choice: (timed[choice].seconds, choice))
-            part = Part(0, workload.text, 1.0, 1, workload)
+            part = Part(0, text, 1.0, 1, workload)
             base, other = {0: timed[best]}, {0: timed[its]}
             ratio = ratio_of([(0, part)], base, other, own.how.timer, self._settings)
             verdict = decide(ratio, self._settings.noise(own.how.timer))[0]
             batches.append(
                 {
                     "workload": workload.text,
-                    "batch": workload.columns()["batch_spec"],
-                    "phase": str(workload.phase),
+                    "batch": self._batches[text][0],
+                    "phase": self._batches[text][1],
                     "default": its.text,
                     "best": best.text,
                     **_limits(ratio),
@@ -188,7 +190,7 @@ class _Layer:
         times = {}
         by_name = {}
         for choice, timed in point.timed.items():
-            if why := self._refusal(choice, workload):
+            if why := self._why_not(choice, timed, text):
                 barred[choice.text] = why
             else:
                 times[choice.text] = {0: timed}
@@ -236,10 +238,16 @@ class _Layer:
             "notes": list(measured.notes),
         }
 
-    def _refusal(self, choice: Choice, workload: Workload) -> str:
-        key = (choice, config_of(workload))
+    def _why_not(self, choice: Choice, timed: Timed, text: str) -> str:
+        """Why a choice does not count on a batch; "": it does."""
+        if why := self._refusal(choice, text):
+            return why
+        return f"{Status.NOISY}: {why}" if (why := unstable([timed])) else ""
+
+    def _refusal(self, choice: Choice, text: str) -> str:
+        key = (choice, self._batches[text][2])
         if key not in self._refused:
-            self._refused[key] = refusal(choice, workload, self._device)
+            self._refused[key] = refusal(choice, self._workloads[text], self._device)
         return self._refused[key]
 
 

@@ -13,82 +13,38 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
+from math import isnan
 from typing import Any
 
-from attnbench.errors import ResultsFolderError, UsageError
+from attnbench.choose.tries import Choice, How, Key, Try, What, batch_key, layer_key
+from attnbench.errors import UsageError
 from attnbench.history.series import gravest
-from attnbench.store import ResultsFolder
-from attnbench.store.record import PROTOCOL_VERSION, Metric, Status
-from attnbench.upgrade.stored import PHYSICAL
+from attnbench.store.record import PROTOCOL_VERSION, Status
 from attnbench.workload import Workload
 
-ENGINES_OWN = ("block_size", "kv_cache_layout")
-"""Columns that follow from the backend where the user asks for none: part of a choice."""
-
-BATCH = ("batch_spec", "common_prefix_len", "lengths", "seed")
-LAYER = tuple(name for name in PHYSICAL if name not in (*ENGINES_OWN, *BATCH))
-
-_READ = (
-    *PHYSICAL,
-    *("workload", "phase", "run_id", "replicate", "backend", "variant", "samples", "status"),
-    *("reasons", "started_at", "stack", "device_kind", "device_class", "compute_capability"),
-    *("driver_version", "protocol_version", "timer", "l2_state", "execution"),
-)
 _NO_KERNELS = ("python",)
 """Packages of a stack whose version changes no kernel."""
 
+_ALL_OK = {Status.OK}
 
-@dataclass(frozen=True, slots=True, order=True)
-class Choice:
-    """What can be taken: a backend's kernels over a cache of this block size and layout."""
-
-    backend: str
-    variant: str = ""
-    block_size: int = 16
-    kv_cache_layout: str = "NHD"
-
-    @property
-    def request(self) -> str:
-        """As `--backend` takes it."""
-        return f"{self.backend}:{self.variant}" if self.variant else self.backend
-
-    @property
-    def text(self) -> str:
-        """`FLASHINFER:FA3 block=32`; a block of 16 and NHD are left out."""
-        words = [self.request]
-        if self.block_size != 16:
-            words.append(f"block={self.block_size}")
-        if self.kv_cache_layout != "NHD":
-            words.append(self.kv_cache_layout)
-        return " ".join(words)
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class How:
-    """What must be the same for two times to be compared; the newest driver sorts last."""
-
-    device_class: str
-    timer: str
-    l2_state: str
-    execution: str
-    driver_version: str
-
-    @property
-    def text(self) -> str:
-        """`nvidia-h200, timer event, L2 cold, eager`."""
-        parts = (self.device_class, f"timer {self.timer}", f"L2 {self.l2_state}", self.execution)
-        return ", ".join(part for part in parts if part != "L2 ")
+MOST_NOISY = 0.25
+"""A contender more of whose processes than this did not settle is unstable."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One choice on one batch in one run. `replicates`: each process's median, in seconds."""
+    """One choice on one batch in one run. `replicates`: each process's median, in seconds.
+
+    `num_noisy` of them did not settle; one at least did.
+    """
 
     choice: Choice
     replicates: tuple[float, ...]
     run_id: str
     started_at: datetime
     stack: tuple[str, ...]
+    num_noisy: int = 0
 
     @property
     def seconds(self) -> float:
@@ -113,208 +69,225 @@ class Point:
     home: str = ""
 
 
-Key = tuple[Any, ...]
+def unstable(timed: Iterable[Timed]) -> str:
+    """Why one choice's times of these batches are none to rank it by; "": they are."""
+    listed = list(timed)
+    noisy = sum(one.num_noisy for one in listed)
+    if not noisy:
+        return ""
+    processes = sum(len(one.replicates) for one in listed)
+    if noisy <= MOST_NOISY * processes:
+        return ""
+    return f"{noisy} of {processes} processes"
 
 
-def layer_key(columns: Mapping[str, Any]) -> Key:
-    return tuple(columns[name] for name in LAYER)
+def used_replicates(tried: Try) -> tuple[list[float], int, Status]:
+    """Medians to be used of a try, how many of them are of NOISY processes, and what it ended as.
 
-
-def batch_key(columns: Mapping[str, Any]) -> Key:
-    return tuple(columns[name] for name in BATCH)
-
-
-def read_rows(
-    folder: ResultsFolder,
-    timer: str = "",
-    l2_state: str = "",
-    metric: Metric = Metric.ATTENTION,
-) -> list[dict[str, Any]]:
-    """Rows of `metric`, made-up times only where timer `fake` is named.
-
-    A folder that is not there holds nothing.
+    A throttled process says nothing of the backend: it is left out where another was timed. One
+    that did not settle has a median all the same, and would be slower than most: left out, it would
+    flatter. None are used, and the status says why, where a process ended in any other way or none
+    settled.
     """
-    where: dict[str, Any] = {"metric": str(metric)}
-    if timer:
-        where["timer"] = timer
-    if l2_state:
-        where["l2_state"] = l2_state
-    try:
-        rows: list[dict[str, Any]] = folder.table(_READ, where).to_pylist()
-    except ResultsFolderError:
-        if folder.path.exists():
-            raise
-        return []
-    return rows if timer else [row for row in rows if row["timer"] != "fake"]
+    if set(tried.statuses) == _ALL_OK and not any(map(isnan, tried.seconds)):
+        return list(tried.seconds), 0, Status.OK
+    timed = [
+        (one, seconds)
+        for one, seconds in zip(tried.statuses, tried.seconds, strict=True)
+        if one.is_timed and not isnan(seconds)
+    ]
+    others = [one for one in tried.statuses if not one.is_timed and one is not Status.THROTTLED]
+    settled = sum(one is Status.OK for one, _ in timed)
+    if others or not settled:
+        status = gravest(tried.statuses)
+        return [], 0, Status.ERROR if status is Status.OK else status
+    return [seconds for _, seconds in timed], len(timed) - settled, Status.OK
 
 
-def device_class_of(rows: Sequence[Mapping[str, Any]], text: str, capability: str) -> str:
+def device_class_of(tries: Iterable[Try], text: str, capability: str) -> str:
     """The stored device class that `text` names, or that has this compute capability; "": none.
 
     Raises UsageError where several would do: devices are never mixed.
     """
-    classes = {row["device_class"] for row in rows}
+    whats = {one.what for one in tries}
+    classes = {one.how.device_class for one in whats}
     if text.strip().lower() in classes:
         return text.strip().lower()
-    found = sorted({row["device_class"] for row in rows if _is_on(row, capability)})
+    found = sorted({one.how.device_class for one in whats if _is_on(one, capability)})
     if len(found) > 1:
         raise UsageError(
             f"--device {text or capability}: stored are {', '.join(found)}; name one of them, "
             f"e.g. --device {found[0]}"
         )
-    return str(found[0]) if found else ""
+    return found[0] if found else ""
 
 
-def _is_on(row: Mapping[str, Any], capability: str) -> bool:
+def _is_on(what: What, capability: str) -> bool:
     if capability == "cpu":
-        return bool(row["device_kind"] == "cpu")
-    return bool(row["device_kind"] != "cpu" and row["compute_capability"] == capability)
+        return what.device_kind == "cpu"
+    return what.device_kind != "cpu" and what.compute_capability == capability
 
 
 class Measured:
-    """The rows of one device class that an answer may rest on, in memory."""
+    """The tries of one device class that an answer may rest on, in memory."""
 
     def __init__(
         self,
-        rows: Iterable[Mapping[str, Any]],
+        tries: Iterable[Try],
         device_class: str,
-        wanted: Sequence[Workload],
+        wanted: Iterable[Workload],
         published: Iterable[str] = (),
         block_size: int = 0,
     ) -> None:
         """`wanted` decide how the times used were measured; `block_size` 0: any one counts."""
-        hidden = frozenset(published)
-        self.device_class = device_class
-        mine = [
-            row
-            for row in rows
-            if row["device_class"] == device_class
-            and row["protocol_version"] == PROTOCOL_VERSION
-            and not row["backend"].startswith("VLLM:")
-            and block_size in (0, row["block_size"])
-        ]
         asked = {(layer_key(c), batch_key(c)) for c in (one.columns() for one in wanted)}
-        here = [row for row in mine if (layer_key(row), batch_key(row)) in asked]
-        own = [row for row in here if row["run_id"] not in hidden]
+        self._take(tries, device_class, asked, frozenset(published), block_size)
+
+    @classmethod
+    def all_of(
+        cls, tries: Iterable[Try], device_class: str, published: Iterable[str] = ()
+    ) -> Measured:
+        """Where everything that was tried is wanted."""
+        listed = list(tries)
+        asked = {(one.layer, one.batch) for one in {one.what for one in listed}}
+        made = cls.__new__(cls)
+        made._take(listed, device_class, asked, frozenset(published), 0)
+        return made
+
+    def _take(
+        self,
+        tries: Iterable[Try],
+        device_class: str,
+        asked: set[tuple[Key, Key]],
+        hidden: frozenset[str],
+        block_size: int,
+    ) -> None:
+        self.device_class = device_class
+        listed = list(tries)
+        usable = {
+            what: (what.layer, what.batch) in asked
+            for what in {one.what for one in listed}
+            if what.how.device_class == device_class
+            and what.protocol_version == PROTOCOL_VERSION
+            and not what.choice.backend.startswith("VLLM:")
+            and block_size in (0, what.choice.block_size)
+        }
+        mine = [one for one in listed if one.what in usable]
+        here = [one for one in mine if usable[one.what]]
+        own = [one for one in here if one.run_id not in hidden]
         self.is_published = bool(here) and not own
         # A published run may be a stranger's machine: it stands beside itself only.
-        last = max(here, key=_age)["run_id"] if self.is_published else ""
-        keep = [r for r in mine if (r["run_id"] == last if last else r["run_id"] not in hidden)]
-        self.how = _how([row for row in (own or here) if Status(row["status"]).is_timed])
+        last = max(here, key=lambda one: one.age).run_id if self.is_published else ""
+        keep = [t for t in mine if (t.run_id == last if last else t.run_id not in hidden)]
+        basis = own or here
+        self.how = _how([one for one in basis if any(status.is_timed for status in one.statuses)])
+        basis = [one for one in basis if one.what.how == self.how] or basis
         self.notes: list[str] = []
-        self._rows: dict[tuple[Key, Key], list[Mapping[str, Any]]] = defaultdict(list)
-        basis = [row for row in (own or here) if _how_of(row) == self.how] or own or here
-        versions = _versions(max(basis, key=_age)["stack"]) if basis else {}
+        self._tries: dict[tuple[Key, Key], list[Try]] = defaultdict(list)
+        versions = dict(_versions(max(basis, key=lambda one: one.age).stack)) if basis else {}
         left_out: dict[str, None] = {}
-        for row in sorted(keep, key=_age, reverse=True):
-            stack = _versions(row["stack"])
-            clash = next((n for n in stack if versions.get(n, stack[n]) != stack[n]), "")
-            if clash:
-                left_out[
-                    f"runs with {clash}=={stack[clash]} left out: {versions[clash]} is newer"
-                ] = None
-                continue
-            if (layer_key(row), batch_key(row)) in asked:
-                versions |= stack
-            self._rows[layer_key(row), batch_key(row)].append(row)
+        for one in sorted(keep, key=lambda one: one.age, reverse=True):
+            stack = _versions(one.stack)
+            if not stack.items() <= versions.items():
+                clash = next((n for n in stack if versions.get(n, stack[n]) != stack[n]), "")
+                if clash:
+                    left_out[
+                        f"runs with {clash}=={stack[clash]} left out: {versions[clash]} is newer"
+                    ] = None
+                    continue
+                if usable[one.what]:
+                    versions |= stack
+            self._tries[one.what.layer, one.what.batch].append(one)
         self.notes += left_out
-        self.device_kind = str(basis[0]["device_kind"]) if basis else ""
-        self.compute_capability = str(basis[0]["compute_capability"] or "") if basis else ""
+        self.device_kind = basis[0].what.device_kind if basis else ""
+        self.compute_capability = basis[0].what.compute_capability if basis else ""
         self.versions = tuple(f"{name}=={one}" for name, one in sorted(versions.items()))
 
     def point(self, workload: Workload) -> Point:
         """Everything measured of a layer's batch."""
         columns = workload.columns()
-        return self._point(self._rows.get((layer_key(columns), batch_key(columns)), []))
+        return self._point(self._tries.get((layer_key(columns), batch_key(columns)), []))
+
+    def points(self) -> dict[str, Point]:
+        """By workload text, every stored batch of every layer."""
+        return {tries[0].what.workload: self._point(tries) for tries in self._tries.values()}
 
     def grid(self, layer: Workload) -> dict[str, Point]:
         """By workload text, every stored batch of the layer of `layer`."""
         wanted = layer_key(layer.columns())
         return {
-            str(rows[0]["workload"]): self._point(rows)
-            for (key, _), rows in self._rows.items()
+            tries[0].what.workload: self._point(tries)
+            for (key, _), tries in self._tries.items()
             if key == wanted
         }
 
-    def _point(self, rows: Sequence[Mapping[str, Any]]) -> Point:
-        by_run: dict[tuple[Choice, str], list[Mapping[str, Any]]] = defaultdict(list)
-        wrong: dict[Choice, list[Mapping[str, Any]]] = defaultdict(list)
-        for row in rows:
-            if _how_of(row) == self.how or self.how is None:
-                by_run[_choice(row), row["run_id"]].append(row)
-            wrong[_choice(row)].append(row)
-        runs = {run for _, run in by_run}
-        counts = {
-            run: (sum(_is_usable(r) for (_, one), r in by_run.items() if one == run), run)
-            for run in runs
-        }
-        home = max(runs, key=lambda run: counts[run]) if runs else ""
+    def _point(self, tries: Sequence[Try]) -> Point:
+        mine: dict[Choice, list[Try]] = defaultdict(list)
+        every: dict[Choice, list[Try]] = defaultdict(list)
+        counts: dict[str, int] = defaultdict(int)
+        used = {}
+        for one in tries:
+            every[one.what.choice].append(one)
+            if self.how is None or one.what.how == self.how:
+                used[one] = used_replicates(one)
+                mine[one.what.choice].append(one)
+                counts[one.run_id] += used[one][2] is Status.OK
+        home = max(counts, key=lambda run: (counts[run], run), default="")
         timed: dict[Choice, Timed] = {}
         ended: dict[Choice, Ended] = {}
-        for choice in dict.fromkeys(_choice(row) for row in rows):
-            mine = [run for one, run in by_run if one == choice]
-            newest = max(wrong[choice], key=_age)["run_id"]
-            latest = [r for r in wrong[choice] if r["run_id"] == newest]
-            bad = [r for r in latest if r["status"] == Status.INCORRECT]
-            if bad:  # a wrong output is wrong however it is timed
-                ended[choice] = _ended(choice, Status.INCORRECT, bad)
+        for choice, tried in every.items():
+            newest = max(tried, key=lambda one: one.age).run_id
+            wrong = [
+                one for one in tried if one.run_id == newest and Status.INCORRECT in one.statuses
+            ]
+            if wrong:  # a wrong output is wrong however it is timed
+                ended[choice] = _ended(choice, Status.INCORRECT, wrong)
                 continue
-            if not mine:
+            if not mine[choice]:
                 continue
-            last = by_run[choice, max(mine)]
-            status = gravest(Status(r["status"]) for r in last)
+            last = max(mine[choice], key=lambda one: one.run_id)
+            status = used[last][2]
             if status is not Status.OK:
-                ended[choice] = _ended(choice, status, last)
+                ended[choice] = _ended(choice, status, [last])
                 continue
-            used = by_run[choice, home] if home in mine else last
-            if not _is_usable(used):
-                used = last
+            at_home = (one for one in mine[choice] if one.run_id == home)
+            taken = next((one for one in at_home if used[one][2] is Status.OK), last)
+            replicates, noisy, _ = used[taken]
             timed[choice] = Timed(
-                choice=choice,
-                replicates=tuple(statistics.median(r["samples"]) for r in used),
-                run_id=used[0]["run_id"],
-                started_at=min(r["started_at"] for r in used),
-                stack=tuple(used[0]["stack"] or ()),
+                choice, tuple(replicates), taken.run_id, taken.started_at, taken.stack, noisy
             )
         return Point(timed, ended, home)
 
 
-def _is_usable(rows: Sequence[Mapping[str, Any]]) -> bool:
-    return all(row["status"] == Status.OK and row["samples"] for row in rows)
-
-
-def _ended(choice: Choice, status: Status, rows: Sequence[Mapping[str, Any]]) -> Ended:
+def _ended(choice: Choice, status: Status, tries: Sequence[Try]) -> Ended:
     reasons = dict.fromkeys(
-        reason for row in rows if row["status"] == status for reason in row["reasons"] or ()
+        reason
+        for one in tries
+        for its, listed in zip(one.statuses, one.reasons, strict=True)
+        for reason in listed
+        if its is status
     )
     return Ended(choice, status, "; ".join(reasons))
 
 
-def _age(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (row["started_at"], row["run_id"])
-
-
-def _choice(row: Mapping[str, Any]) -> Choice:
-    return Choice(row["backend"], row["variant"], row["block_size"], row["kv_cache_layout"])
-
-
-def _how_of(row: Mapping[str, Any]) -> How:
-    return How(*(row[name] or "" for name in How.__slots__))
-
-
-def _how(timed: Sequence[Mapping[str, Any]]) -> How | None:
+def _how(timed: Sequence[Try]) -> How | None:
     """The way that covers most batches and choices, the newest of equals."""
-    covered: dict[How, set[Any]] = defaultdict(set)
-    newest: dict[How, Any] = {}
-    for row in timed:
-        how = _how_of(row)
-        covered[how].add((layer_key(row), batch_key(row), _choice(row)))
-        newest[how] = max(newest.get(how, _age(row)), _age(row))
+    newest: dict[What, tuple[Any, ...]] = {}
+    for one in timed:
+        age = one.age
+        if age > newest.get(one.what, ()):
+            newest[one.what] = age
+    covered: dict[How, set[tuple[Key, Key, Choice]]] = defaultdict(set)
+    ages: dict[How, list[tuple[Any, ...]]] = defaultdict(list)
+    for what, age in newest.items():
+        covered[what.how].add((what.layer, what.batch, what.choice))
+        ages[what.how].append(age)
     if not covered:
         return None
-    return max(covered, key=lambda how: (len(covered[how]), newest[how]))
+    return max(covered, key=lambda how: (len(covered[how]), max(ages[how])))
 
 
-def _versions(stack: Sequence[str] | None) -> dict[str, str]:
-    pairs = (one.partition("==") for one in stack or ())
+@lru_cache(maxsize=256)
+def _versions(stack: tuple[str, ...]) -> Mapping[str, str]:
+    pairs = (one.partition("==") for one in stack)
     return {name: version for name, _, version in pairs if name not in _NO_KERNELS}

@@ -12,7 +12,7 @@ from typing import Any
 import attnbench
 from attnbench.choose.advice import Advice
 from attnbench.choose.rank import Outcome
-from attnbench.choose.stored import Choice
+from attnbench.choose.tries import Choice
 from attnbench.errors import UsageError
 from attnbench.selection import config_of
 from attnbench.selection.choices import SCHEMA, VERSION, Here, SavedChoices, layer_fields

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from attnbench.backends.abstract import AttentionBackend, AttentionConfig
 from attnbench.backends.device import Device
 from attnbench.backends.registry import backend_entry, get_backend_class, runnable_backend_names
-from attnbench.choose.stored import Choice
+from attnbench.choose.tries import Choice
 from attnbench.errors import BackendUnavailableError, UnknownBackendError
 from attnbench.selection import config_of, platform_of
 from attnbench.upgrade.batches import UnmeasurableError

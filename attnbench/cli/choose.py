@@ -10,12 +10,24 @@ import typer
 
 from attnbench.cli.output import Format, FormatOption, ResultsOption, emit, note, visible
 from attnbench.cli.sweeping import L2_HELP, TIMER_HELP
+from attnbench.cli.trace_options import (
+    HeadroomOption,
+    MaxModelLenOption,
+    RateScaleOption,
+    RepresentativesOption,
+    RequestRateOption,
+    RequestsOption,
+    SortArrivalsOption,
+    TraceFormatOption,
+    option_words,
+)
 from attnbench.errors import DeviceError, ExitCode, UsageError
 
 if TYPE_CHECKING:
     from attnbench.backends.device import Device
     from attnbench.choose.advice import Advice
     from attnbench.choose.rank import Part
+    from attnbench.choose.tries import Try
     from attnbench.choose.valid import Default
     from attnbench.settings import Settings
     from attnbench.store import ResultsFolder
@@ -57,9 +69,14 @@ def choose(
         Path | None,
         typer.Option(help="Instead of --batch: a trace of requests, as `attnbench traffic` reads."),
     ] = None,
-    representatives: Annotated[
-        int, typer.Option(help="With --trace: batches that stand for its steps, at most.")
-    ] = 512,
+    trace_format: TraceFormatOption = "",
+    sort_arrivals: SortArrivalsOption = False,
+    request_rate: RequestRateOption = 0.0,
+    max_model_len: MaxModelLenOption = 0,
+    requests: RequestsOption = 0,
+    rate_scale: RateScaleOption = 1.0,
+    representatives: RepresentativesOption = 512,
+    headroom: HeadroomOption = 1.0,
     results: ResultsOption = None,
     timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
     l2: Annotated[str, typer.Option(help=L2_HELP)] = "",
@@ -95,10 +112,12 @@ def choose(
 ) -> None:
     """Say which backend to serve a model with, from stored times or from times measured here."""
     from attnbench.choose.advice import advise, parts_of
-    from attnbench.choose.stored import Measured, read_rows
+    from attnbench.choose.stored import Measured
+    from attnbench.choose.tries import read_tries
     from attnbench.measure.options import MeasureOptions
     from attnbench.settings import load_settings
     from attnbench.store import ResultsFolder
+    from attnbench.traffic.reduced import TraceOptions
     from attnbench.upgrade.models import cells_of_model
 
     if block_size < 0 or tp < 1:
@@ -121,12 +140,24 @@ def choose(
         raise UsageError(
             "give --batch, --suite or --trace, e.g. --batch 0.7*32q1s4k --batch 0.3*q2k"
         )
+    options = TraceOptions(
+        trace_format=trace_format,
+        sort_arrivals=sort_arrivals,
+        request_rate=request_rate,
+        max_model_len=max_model_len,
+        requests=requests,
+        rate_scale=rate_scale,
+        representatives=representatives,
+        headroom=headroom,
+    )
     if trace is not None:
         from attnbench.cli.choose_trace import shares_of_trace
 
         asked = _class_asked(folder, device or settings.device, timer, l2)
-        shares = shares_of_trace(trace, model, cells[0], tp, asked, representatives)
+        shares = shares_of_trace(trace, model, cells[0], tp, asked, options)
     else:
+        if words := option_words(options):
+            raise UsageError(f"{words[0]} is of a trace; give --trace FILE, or leave it out")
         shares = _shares(batch or [], suite or [], preset, settings)
     parts = parts_of(cells, shares)
     if measure:
@@ -137,10 +168,10 @@ def choose(
             parts, folder, where, timer, l2, block_size, budget_s, confidence
         )
         note(sure)
-    rows = read_rows(folder, timer, l2)
-    where, device_class = _device(rows, device or settings.device)
+    tries = read_tries(folder, timer, l2)
+    where, device_class = _device(tries, device or settings.device)
     measured = Measured(
-        rows,
+        tries,
         device_class,
         [part.workload for part in parts],
         folder.published_runs(),
@@ -184,47 +215,51 @@ def _shares(
 
 
 def _class_asked(folder: ResultsFolder, text: str, timer: str, l2: str) -> str:
-    """The device class that is asked about, also where nothing is stored of it."""
-    from attnbench.choose.stored import read_rows
+    """The device class that is asked about, or `text` where nothing is known of it."""
+    from attnbench.choose.tries import read_tries
     from attnbench.measure.environment import read_environment
-    from attnbench.selection import current_device, resolve_device
+    from attnbench.selection import current_device
 
-    try:
-        if found := _device(read_rows(folder, timer, l2), text)[1]:
-            return found
-        here = current_device()
-        return read_environment(here).device_class if resolve_device(text) == here else ""
-    except DeviceError:
-        return text.strip().lower()
+    device, found = _device(read_tries(folder, timer, l2), text)
+    if found:
+        return found
+    here = current_device()
+    return read_environment(here).device_class if device == here else text
 
 
-def _device(rows: Sequence[dict[str, object]], text: str) -> tuple[Device, str]:
-    """The device and its stored class, "" where nothing is stored of it."""
+def _device(tries: Sequence[Try], text: str) -> tuple[Device, str]:
+    """The device and its class; "" for a capability of which nothing is stored."""
     from attnbench.choose.stored import device_class_of
+    from attnbench.measure.environment import class_of_name
+    from attnbench.measure.peaks import capability_of_class
     from attnbench.selection import resolve_device
 
-    word = text.strip().lower()
-    of_class = next((row for row in rows if row["device_class"] == word), None)
+    word = class_of_name(text)
+    whats = {one.what for one in tries}
+    of_class = next((one for one in whats if one.how.device_class == word), None)
     if of_class is not None:
-        named = str(of_class["compute_capability"] or of_class["device_kind"])
-        return resolve_device(named), word
+        return resolve_device(of_class.compute_capability or of_class.device_kind), word
+    if known := capability_of_class(word):
+        return resolve_device(known), word
     try:
         device = resolve_device(text)
     except DeviceError as error:
-        stored = ", ".join(sorted({str(row["device_class"]) for row in rows})) or "none"
+        stored = ", ".join(sorted({one.how.device_class for one in whats})) or "none"
         raise UsageError(f"{error}; classes with stored times: {stored}") from error
     capability = "cpu" if device.kind == "cpu" else str(device.capability or "")
-    return device, device_class_of(rows, text, capability)
+    return device, device_class_of(tries, text, capability)
 
 
 def _present(text: str) -> Device:
     """The device of this machine, which must be the one asked about. Raises UsageError."""
-    from attnbench.measure.environment import read_environment
+    from attnbench.measure.environment import class_of_name, read_environment
+    from attnbench.measure.peaks import capability_of_class
     from attnbench.selection import current_device, resolve_device
 
     here = current_device()
     own_class = read_environment(here).device_class
-    if text.strip().lower() == own_class or resolve_device(text) == here:
+    word = class_of_name(text)
+    if word == own_class or (not capability_of_class(word) and resolve_device(text) == here):
         return here
     raise UsageError(
         f"--measure: this machine is {own_class} ({here}) and the question is of {text}; run it "

@@ -13,7 +13,7 @@ from attnbench.errors import UsageError
 if TYPE_CHECKING:
     from attnbench.backends.device import Device
     from attnbench.choose.rank import Part
-    from attnbench.choose.stored import Choice
+    from attnbench.choose.tries import Choice
     from attnbench.measure import PlannedPoint
     from attnbench.store import ResultsFolder
 
@@ -68,7 +68,7 @@ def measure_race(
 def runnable(parts: Sequence[Part], device: Device, block_size: int) -> list[Choice]:
     """Every backend and variant that is here and takes all layers, over the cache it likes."""
     from attnbench.backends.registry import backend_status, get_backend_class
-    from attnbench.choose.stored import Choice
+    from attnbench.choose.tries import Choice
     from attnbench.choose.valid import refusal
     from attnbench.measure.plan import runnable_backends
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnbench.cli.output import note
-from attnbench.errors import UsageError
 
 if TYPE_CHECKING:
+    from attnbench.traffic.reduced import TraceOptions
     from attnbench.upgrade.batches import BatchShare
     from attnbench.upgrade.cells import Cell
 
 
 def shares_of_trace(
-    trace: Path, model: str, cell: Cell, tp: int, device_class: str, representatives: int
+    trace: Path, model: str, cell: Cell, tp: int, device: str, options: TraceOptions
 ) -> tuple[BatchShare, ...]:
     """Representative batches and the steps each stands for.
 
@@ -25,27 +25,18 @@ def shares_of_trace(
         UsageError: a trace or a model that cannot be scheduled, a device without published peaks.
     """
     from attnbench.cli.model_layer import layer_of_cell
-    from attnbench.measure.environment import class_of_name
-    from attnbench.measure.peaks import PEAKS
-    from attnbench.traffic.latency import DeviceRates
-    from attnbench.traffic.reduced import TraceOptions, reduced_trace
+    from attnbench.cli.trace_options import device_rates
+    from attnbench.traffic.reduced import reduced_trace
     from attnbench.upgrade.batches import BatchShare
     from attnbench.workload import Workload
 
-    peak = next((one for name, one in PEAKS.items() if class_of_name(name) == device_class), None)
-    if peak is None:
-        known = ", ".join(class_of_name(name) for name in PEAKS)
-        raise UsageError(
-            f"--trace: no published peaks of {device_class or 'this device'}, which would be the "
-            f"schedule's clock; name a --device of {known}, or give --batch"
-        )
+    _, rates = device_rates(device, "--trace: --device")
     one = layer_of_cell(cell, model)
-    rates = DeviceRates(peak.memory_bytes_per_s, peak.matmul_flops_per_s)
-    options = TraceOptions(representatives=representatives)
     found = reduced_trace(trace, one.layer, one.sizes, tp, rates, options, one.num_layers)
     reduction = found.reduction
     note(
-        f"{len(found.trace)} requests make {len(found.steps)} steps; {len(reduction)} batches "
+        f"{len(found.trace)} requests ({found.trace.num_rejected} too long, "
+        f"{found.trace.num_empty} empty) make {len(found.steps)} steps; {len(reduction)} batches "
         f"stand for them, their totals within {reduction.totals_error:.2%}"
     )
     shares: dict[str, BatchShare] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,8 @@ from attnbench.errors import UsageError
 
 if TYPE_CHECKING:
     from attnbench.history.comparison import ComparedSeries
-    from attnbench.history.series import Series
+    from attnbench.history.runs import RunSummary
+    from attnbench.history.series import Axis, Series
     from attnbench.history.series_verdict import SeriesVerdict
     from attnbench.store import ResultsFolder
 
@@ -139,11 +141,12 @@ def history(
         emit([best_row(best) for best in bests], format, BEST_COLUMNS)
     else:
         axis = Axis(by)
+        runs = {run.run_id: run for run in panel.runs}
         rows: list[dict[str, Any]] = []
         for start in range(0, len(chosen), _READ_TOGETHER):
             for series in panel.all_series(chosen[start : start + _READ_TOGETHER]):
-                rows += _level_rows(series, axis)
-        columns = (*LEVEL_COLUMNS, str(axis), "first_run", "runs", "status", "median_us", "change")
+                rows += _level_rows(series, axis, runs)
+        columns = (*LEVEL_COLUMNS, str(axis), *_LEVEL_VALUES[axis])
         emit(rows, format, columns)
 
 
@@ -213,24 +216,39 @@ def verdict_row(verdict: SeriesVerdict) -> dict[str, Any]:
     }
 
 
-def _level_rows(series: Series, axis: Any) -> list[dict[str, Any]]:
+#: After the level's name.
+_LEVEL_VALUES = {
+    "commit": ("first_run", "runs", "status", "median_us", "change"),
+    "stack": ("first_run", "last_run", "runs", "status", "median_us", "change", "changed"),
+}
+
+
+def _level_rows(series: Series, axis: Axis, runs: Mapping[str, RunSummary]) -> list[dict[str, Any]]:
+    from attnbench.history.runs import environment_change
     from attnbench.history.summary import percent
 
     rows = []
     before: float | None = None
+    before_run: RunSummary | None = None
     for level in series.levels(axis):
         median = level.median_s
         change = percent(median / before) if median is not None and before else ""
         before = median or before
+        run = runs[level.values[0].run_id]
+        changed = environment_change(before_run, run) if before_run else None
+        before_run = run
         rows.append(
             {
                 **_identity(series),
-                str(axis): level.label[:12],
+                # A stack in full, for `attnbench compare`.
+                str(axis): level.label[:12] if axis == "commit" else level.label,
                 "first_run": f"{level.started_at:%Y-%m-%d %H:%M}",
+                "last_run": f"{level.values[-1].started_at:%Y-%m-%d %H:%M}",
                 "runs": len(level.values),
                 "status": str(level.values[-1].status),
                 "median_us": _microseconds(median),
                 "change": change,
+                "changed": changed.text if changed else "",
             }
         )
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from shlex import quote
@@ -13,12 +14,25 @@ import typer
 
 from attnbench.cli.output import Format, FormatOption, ResultsOption, emit, note
 from attnbench.cli.sweeping import L2_HELP, TIMER_HELP
+from attnbench.cli.trace_options import (
+    HeadroomOption,
+    MaxModelLenOption,
+    RateScaleOption,
+    RepresentativesOption,
+    RequestRateOption,
+    RequestsOption,
+    SortArrivalsOption,
+    TraceFormatOption,
+    device_rates,
+    option_words,
+)
 from attnbench.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from attnbench.choose.itl import UserAnswer
     from attnbench.choose.stored import Measured
     from attnbench.traffic.reduced import ReducedTrace, TraceOptions
+    from attnbench.workload import Workload
 
 
 class Rest(StrEnum):
@@ -56,69 +70,93 @@ def itl(
             "less their attention, or none of it."
         ),
     ] = Rest.ROOFLINE,
-    trace_format: Annotated[str, typer.Option(help="Format of the trace; default: sniffed.")] = "",
-    max_model_len: Annotated[
-        int, typer.Option(help="Leave out requests of more tokens; 0: none.")
-    ] = 0,
-    requests: Annotated[int, typer.Option(help="Only the first so many; 0: all.")] = 0,
-    rate_scale: Annotated[float, typer.Option(help="So many times as many per second.")] = 1.0,
-    representatives: Annotated[int, typer.Option(help="Batches to choose at most.")] = 512,
-    headroom: Annotated[
-        float,
-        typer.Option(help="Also larger batches, as the trace makes at so many times the rate."),
-    ] = 1.0,
+    trace_format: TraceFormatOption = "",
+    sort_arrivals: SortArrivalsOption = False,
+    request_rate: RequestRateOption = 0.0,
+    max_model_len: MaxModelLenOption = 0,
+    requests: RequestsOption = 0,
+    rate_scale: RateScaleOption = 1.0,
+    representatives: RepresentativesOption = 512,
+    headroom: HeadroomOption = 1.0,
     load: Annotated[
         list[float] | None,
         typer.Option(help="In JSON also at so many times the rate, same times; repeat."),
     ] = None,
+    check_window: Annotated[
+        int,
+        typer.Option(
+            help="Instead: predict so many steps that chose no batch, and compare with their times "
+            "(measured by `traffic --check-window`); 500 or more."
+        ),
+    ] = 0,
     results: ResultsOption = None,
     timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
     l2: Annotated[str, typer.Option(help=L2_HELP)] = "",
     format: FormatOption = Format.TABLE,
 ) -> None:
     """Say what inter-token latency and throughput each backend gives a trace, by stored times."""
-    from attnbench.choose.itl import answer
+    from attnbench.choose.itl import ROOFLINE, answer
     from attnbench.choose.itl_report import measure_command
     from attnbench.choose.itl_rest import measured_rest, step_command
-    from attnbench.choose.stored import Measured, read_rows
+    from attnbench.choose.stored import Measured
+    from attnbench.choose.tries import read_tries
     from attnbench.cli.model_layer import model_layer
     from attnbench.measure.environment import class_of_name
     from attnbench.measure.options import MeasureOptions
-    from attnbench.measure.peaks import PEAKS
     from attnbench.settings import load_settings
     from attnbench.store import ResultsFolder
     from attnbench.store.record import Metric
-    from attnbench.traffic.latency import DeviceRates
     from attnbench.traffic.model_sizes import model_sizes
+    from attnbench.traffic.reduce import window_to_check, window_workloads
     from attnbench.traffic.reduced import TraceOptions, reduced_trace
-    from attnbench.workload.closest import did_you_mean
 
+    if check_window and load:
+        raise UsageError("--load is of an answer, and --check-window gives none; leave one out")
     if load and format is not Format.JSON:
         raise UsageError("--load is told in JSON only, for the pages; add --format json")
     if timer:
         MeasureOptions(timer=timer)
     if l2:
         MeasureOptions(l2_states=(l2,))
-    device_class = class_of_name(device)
-    name = next((one for one in PEAKS if class_of_name(one) == device_class), None)
-    if name is None:
-        raise UsageError(f"no published peaks of {device!r}; {did_you_mean(device, tuple(PEAKS))}")
-    rates = DeviceRates(PEAKS[name].memory_bytes_per_s, PEAKS[name].matmul_flops_per_s)
+    name, rates = device_rates(device)
+    device_class = class_of_name(name)
     options = TraceOptions(
-        trace_format, max_model_len, requests, rate_scale, representatives, headroom
+        trace_format=trace_format,
+        sort_arrivals=sort_arrivals,
+        request_rate=request_rate,
+        max_model_len=max_model_len,
+        requests=requests,
+        rate_scale=rate_scale,
+        representatives=representatives,
+        headroom=headroom,
     )
     folder = ResultsFolder(results or load_settings().results)
-    rows = read_rows(folder, timer, l2)
+    tries = read_tries(folder, timer, l2)
     one = model_layer(model, tp, layer)
     reduced = reduced_trace(trace, one.layer, one.sizes, tp, rates, options, one.num_layers)
-    measured = Measured(rows, device_class, reduced.reduction.workloads, folder.published_runs())
-    loads = sorted({1.0, *load}) if load else []
+    suite = re.sub(r"[^a-z0-9]+", "-", trace.stem.lower()).strip("-") or "trace"
+    suites = {suite: _write_suite(trace, suite, model, tp, layer, name, options)}
     run_words = (f" --timer {timer}" if timer else "") + (f" --l2 {l2}" if l2 else "")
+    if check_window:
+        window = window_workloads(
+            reduced.steps, window_to_check(reduced.reduction, check_window), one.layer
+        )
+        wanted = [*reduced.reduction.workloads, *window]
+        measured = Measured(tries, device_class, wanted, folder.published_runs())
+        its = f"{suite}-window"
+        suites[its] = _write_suite(
+            trace, its, model, tp, layer, name, options, ["--check-window", str(check_window)]
+        )
+        raise typer.Exit(
+            _check(reduced, window, measured, backend or [], suites, run_words, format)
+        )
+    measured = Measured(tries, device_class, reduced.reduction.workloads, folder.published_runs())
+    loads = sorted({1.0, *load}) if load else []
     steps = None
     if rest is Rest.MEASURED:
         steps = measured_rest(
-            read_rows(folder, timer, l2, Metric.STEP),
-            rows,
+            read_tries(folder, timer, l2, Metric.STEP),
+            tries,
             one.layer,
             model_sizes(one.sizes, tp),
             measured,
@@ -127,13 +165,8 @@ def itl(
         )
     with_rest = rest is Rest.ROOFLINE
     found = answer(reduced, measured, backend or [], with_rest=with_rest, steps=steps, loads=loads)
-    suite = re.sub(r"[^a-z0-9]+", "-", trace.stem.lower()).strip("-") or "trace"
-    command = measure_command(
-        found,
-        suite,
-        _write_suite(trace, suite, model, tp, layer, name, options),
-        run_words,
-    )
+    nobody = [one.name for one in found.answers] == [ROOFLINE] and not found.unanswered
+    command = measure_command(found.unanswered, suites, run_words, nobody)
     _print(
         found, command, format, _asked(trace, model, tp, layer, name, options, reduced, measured)
     )
@@ -142,27 +175,67 @@ def itl(
         raise typer.Exit(ExitCode.UNDECIDED)
 
 
+def _check(
+    reduced: ReducedTrace,
+    window: Sequence[Workload],
+    measured: Measured,
+    backends: Sequence[str],
+    suites: Mapping[str, str],
+    run_words: str,
+    format: Format,
+) -> ExitCode:
+    """Print how far off each backend's prediction of the window is. 1: one is beyond the bound; 3:
+    one that was asked for, or everybody, has no times of all steps."""
+    from attnbench.choose.itl_report import measure_command
+    from attnbench.choose.window import P99_WITHIN, TOTAL_WITHIN, check_window
+
+    checks, lacking = check_window(reduced, window, measured, backends)
+    emit(
+        [one.row() for one in checks],
+        format,
+        ("backend", "steps", "batches", "total_error_pct", "p99_error_pct", "within"),
+    )
+    note(
+        f"{len(window)} steps that chose none of the {len(reduced.reduction)} batches, attention "
+        f"only; to be within {TOTAL_WITHIN:.0%} of their total and {P99_WITHIN:.0%} of their p99"
+    )
+    if measured.how is not None:
+        note(f"times of {measured.how.text}")
+    for line in measured.notes:
+        note(line)
+    for one in lacking:
+        note(f"{one.request}: {one.reason}")
+    if command := measure_command(lacking, suites, run_words, not checks and not lacking):
+        note(f"to measure: {command}")
+    codes = [ExitCode.OK if one.is_within else ExitCode.REGRESSION for one in checks]
+    if (backends and lacking) or not checks:
+        codes.append(ExitCode.UNDECIDED)
+    return ExitCode.join(*codes)
+
+
 def _write_suite(
-    trace: Path, suite: str, model: str, tp: int, layer: str, device: str, options: TraceOptions
+    trace: Path,
+    suite: str,
+    model: str,
+    tp: int,
+    layer: str,
+    device: str,
+    options: TraceOptions,
+    more: Sequence[str] = (),
 ) -> str:
     """The `attnbench traffic` command with the same batches; defaults left out."""
-    from attnbench.traffic.reduced import TraceOptions
-
     words = ["attnbench", "traffic", str(trace), "--model", model]
     pairs: list[tuple[str, object, object]] = [
         ("--tp", tp, 1),
         ("--layer", layer, ""),
         ("--device", device, "NVIDIA H200"),
     ]
-    plain = TraceOptions()
-    pairs += [
-        (f"--{key.replace('_', '-')}", getattr(options, key), getattr(plain, key))
-        for key in TraceOptions.__slots__
-    ]
     for option, value, default in pairs:
         if value != default:
             words += [option, str(value)]
-    return " ".join(quote(word) for word in [*words, "--out", f"suites/{suite}.py"])
+    words += option_words(options)
+    words += [*more, "--out", f"suites/{suite}.py"]
+    return " ".join(quote(word) for word in words)
 
 
 def _print(found: UserAnswer, command: str, format: Format, asked: dict[str, object]) -> None:

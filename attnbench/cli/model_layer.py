@@ -61,6 +61,12 @@ def layer_of_cell(cell: Cell, model: str, words: str = "") -> ModelLayer:
         raise UsageError(f"--model {model}: {error}; name another model") from error
     if words.strip():
         said = {word.partition("=")[0] for word in words.split()}
+        for word in ("model", "layers", "shape", "tp"):
+            if word in said:
+                raise UsageError(
+                    f"--layer: {word}= is said by --model and --tp; leave it out, and give words "
+                    "of the layer only, e.g. 'kv=fp8_e4m3 block=64'"
+                )
         kept = [word for word in layer.text.split() if word.partition("=")[0] not in said]
         layer = Workload.parse(" ".join([*kept, words]))
     return ModelLayer(layer, num_layers_of(cell), cell.hf_config or model)

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from attnbench.cli.output import Format, FormatOption, emit, note
+from attnbench.cli.trace_options import (
+    HeadroomOption,
+    MaxModelLenOption,
+    RateScaleOption,
+    RepresentativesOption,
+    RequestRateOption,
+    RequestsOption,
+    SortArrivalsOption,
+    TraceFormatOption,
+    device_rates,
+)
 from attnbench.errors import UsageError
 
 if TYPE_CHECKING:
     from attnbench.traffic.latency import AttentionRoofline
     from attnbench.traffic.reduce import Reduction
-    from attnbench.traffic.types import Floats, StepBatches
+    from attnbench.traffic.reduced import ReducedTrace
+    from attnbench.traffic.types import Floats
+    from attnbench.workload import Workload
 
 COLUMNS = ("workload", "weight", "steps", "seconds_share_pct")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -30,19 +44,26 @@ def traffic(
         str, typer.Option(help="More words of the layer's workload, e.g. 'kv=fp8_e4m3 block=64'.")
     ] = "",
     device: Annotated[
-        str, typer.Option(help="Device whose published peaks drive the schedule's clock.")
+        str,
+        typer.Option(
+            help="Whose published peaks drive the schedule's clock: NVIDIA H200, or nvidia-h200."
+        ),
     ] = "NVIDIA H200",
-    trace_format: Annotated[str, typer.Option(help="Format of the trace; default: sniffed.")] = "",
-    max_model_len: Annotated[
-        int, typer.Option(help="Leave out requests of more tokens; 0: none.")
+    trace_format: TraceFormatOption = "",
+    sort_arrivals: SortArrivalsOption = False,
+    request_rate: RequestRateOption = 0.0,
+    max_model_len: MaxModelLenOption = 0,
+    requests: RequestsOption = 0,
+    rate_scale: RateScaleOption = 1.0,
+    representatives: RepresentativesOption = 512,
+    headroom: HeadroomOption = 1.0,
+    check_window: Annotated[
+        int,
+        typer.Option(
+            help="Instead: every one of so many steps that chose no batch, for `itl "
+            "--check-window`; 500 or more."
+        ),
     ] = 0,
-    requests: Annotated[int, typer.Option(help="Only the first so many; 0: all.")] = 0,
-    rate_scale: Annotated[float, typer.Option(help="So many times as many per second.")] = 1.0,
-    representatives: Annotated[int, typer.Option(help="Batches to choose at most.")] = 512,
-    headroom: Annotated[
-        float,
-        typer.Option(help="Also larger batches, as the trace makes at so many times the rate."),
-    ] = 1.0,
     out: Annotated[
         Path | None, typer.Option(help="Write a suite file, e.g. suites/code.py, for `run`.")
     ] = None,
@@ -50,40 +71,45 @@ def traffic(
 ) -> None:
     """Schedule a trace as vLLM would, and choose the batches that stand for all of its steps."""
     from attnbench.cli.model_layer import model_layer
-    from attnbench.measure.peaks import PEAKS, peak_of
-    from attnbench.traffic.latency import DeviceRates
     from attnbench.traffic.latency_measured import MeasuredLatency
     from attnbench.traffic.reduce import window_error
     from attnbench.traffic.reduced import TraceOptions, reduced_trace
-    from attnbench.workload.closest import did_you_mean
 
-    peak = peak_of(device)
-    if peak is None:
-        raise UsageError(f"no published peaks of {device!r}; {did_you_mean(device, tuple(PEAKS))}")
+    name, rates = device_rates(device)
     if out is not None and (out.suffix != ".py" or not _NAME.fullmatch(out.stem)):
         raise UsageError(f"--out {out}: name a .py file of small letters and dashes, e.g. code.py")
     one = model_layer(model, tp, layer)
-    rates = DeviceRates(peak.memory_bytes_per_s, peak.matmul_flops_per_s)
     options = TraceOptions(
-        trace_format, max_model_len, requests, rate_scale, representatives, headroom
+        trace_format=trace_format,
+        sort_arrivals=sort_arrivals,
+        request_rate=request_rate,
+        max_model_len=max_model_len,
+        requests=requests,
+        rate_scale=rate_scale,
+        representatives=representatives,
+        headroom=headroom,
     )
     reduced = reduced_trace(trace, one.layer, one.sizes, tp, rates, options, one.num_layers)
     loaded, steps, reduction = reduced.trace, reduced.steps, reduced.reduction
     attention, window = reduced.attention, reduced.reduction.held_back
     note(
         f"{len(loaded)} requests ({loaded.num_rejected} too long, {loaded.num_empty} empty) make "
-        f"{len(steps)} steps, by a clock at the roofline of {device}"
+        f"{len(steps)} steps, by a clock at the roofline of {name}"
     )
     seconds = _roofline_of(reduction, attention)
-    predicted = MeasuredLatency(reduction.workloads, seconds).of_steps(steps)[window]
+    model_s = MeasuredLatency(reduction.workloads, seconds, attention.num_layers)
+    predicted = model_s.of_steps(steps)[window]
     error = window_error(predicted, attention.of_steps(steps)[window])
     note(
         f"{len(reduction)} representatives; {error.num_steps} steps held back, at the roofline: "
         f"total {100 * error.total:+.2f} %, p99 {100 * error.p99:+.2f} %"
     )
+    if check_window:
+        _emit_window(reduced, check_window, out, format)
+        return
     if out is not None:
-        _write_suite(out, reduction, trace.name, steps)
-        note(f"{out}: attnbench run --suite {out.stem} --preset full")
+        pairs = list(zip(reduction.workloads, reduction.weights.tolist(), strict=True))
+        _write_suite(out, pairs, f"stand for {len(steps)} steps of {trace.name}")
     shares = reduction.weights * seconds
     rows = [
         {
@@ -112,12 +138,33 @@ def _roofline_of(reduction: Reduction, attention: AttentionRoofline) -> Floats:
     return np.array(seconds)
 
 
-def _write_suite(path: Path, reduction: Reduction, source: str, steps: StepBatches) -> None:
-    """The representatives as a suite of preset `full`, and their weights beside it."""
-    pairs = list(zip(reduction.workloads, reduction.weights.tolist(), strict=True))
+def _emit_window(reduced: ReducedTrace, num_steps: int, out: Path | None, format: Format) -> None:
+    """Every step of the window that is to be checked, equal ones once."""
+    from collections import Counter
+
+    from attnbench.traffic.reduce import window_to_check, window_workloads
+
+    window = window_to_check(reduced.reduction, num_steps)
+    counts = Counter(window_workloads(reduced.steps, window, reduced.layer))
+    note(
+        f"steps {window.start} to {window.stop - 1} are {len(counts)} different batches, as they "
+        "are: nothing is rounded"
+    )
+    if out is not None:
+        pairs = [(workload, float(count)) for workload, count in counts.items()]
+        _write_suite(out, pairs, f"are {num_steps} steps of {reduced.trace.name}")
+    emit(
+        [{"workload": one.text, "steps": count} for one, count in counts.items()],
+        format,
+        ("workload", "steps"),
+    )
+
+
+def _write_suite(path: Path, pairs: Sequence[tuple[Workload, float]], what: str) -> None:
+    """Batches as a suite of preset `full`, and their weights beside it."""
     heaviest = max(pairs, key=lambda pair: pair[1])[0]
     lines = [
-        '"""Made by `attnbench traffic`: batches that stand for the steps of a trace."""',
+        '"""Made by `attnbench traffic`: batches of the steps of a trace."""',
         "",
         "from attnbench.workload import Suite",
         "",
@@ -128,7 +175,7 @@ def _write_suite(path: Path, reduction: Reduction, source: str, steps: StepBatch
         "",
         "SUITE = Suite(",
         f"    {path.stem!r},",
-        f"    {f'{len(pairs)} batches that stand for {len(steps)} steps of {source}.'!r},",
+        f"    {f'{len(pairs)} batches that {what}.'!r},",
         f"    smoke=[{heaviest.text!r}],",
         "    full=list(WEIGHTS),",
         ")",
@@ -139,6 +186,7 @@ def _write_suite(path: Path, reduction: Reduction, source: str, steps: StepBatch
     try:
         partial.write_text("\n".join(lines), encoding="utf-8")
         partial.replace(path)
+        note(f"{path}: attnbench run --suite {path.stem} --preset full")
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}: {error.strerror}; name a writable file") from error

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from attnbench.measure.environment import class_of_name
+
 
 @dataclass(frozen=True, slots=True)
 class Peak:
@@ -43,7 +45,33 @@ PEAKS: Mapping[str, Peak] = {
     "NVIDIA GeForce RTX 5090": Peak(1.792e12, 209.5e12),
 }
 
+#: NVIDIA's table of compute capabilities: what a device that is not here is asked about as.
+COMPUTE_CAPABILITIES: Mapping[str, str] = {
+    "NVIDIA A100-SXM4-40GB": "8.0",
+    "NVIDIA A100-PCIE-40GB": "8.0",
+    "NVIDIA A100-SXM4-80GB": "8.0",
+    "NVIDIA A100 80GB PCIe": "8.0",
+    "NVIDIA H100 80GB HBM3": "9.0",
+    "NVIDIA H100 PCIe": "9.0",
+    "NVIDIA H100 NVL": "9.0",
+    "NVIDIA H200": "9.0",
+    "NVIDIA H200 NVL": "9.0",
+    "NVIDIA B200": "10.0",
+    "NVIDIA GB200": "10.0",
+    "NVIDIA L4": "8.9",
+    "NVIDIA L40S": "8.9",
+    "NVIDIA RTX 6000 Ada Generation": "8.9",
+    "NVIDIA GeForce RTX 4090": "8.9",
+    "NVIDIA GeForce RTX 5090": "12.0",
+}
+
 
 def peak_of(device_name: str) -> Peak | None:
     """The published peaks of a device by its driver's name for it; None: not in the table."""
     return PEAKS.get(device_name.strip())
+
+
+def capability_of_class(device_class: str) -> str:
+    """`9.0` of `nvidia-h200`; "": a class that is not in the table."""
+    names = (one for one in COMPUTE_CAPABILITIES if class_of_name(one) == device_class)
+    return COMPUTE_CAPABILITIES.get(next(names, ""), "")

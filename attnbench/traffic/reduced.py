@@ -33,12 +33,16 @@ from attnbench.workload import Workload
 class TraceOptions:
     """How a trace is read and reduced. `max_model_len`, `requests` 0: no limit.
 
+    `request_rate`: of the Poisson arrivals of a trace without times; 0: it has its own.
+
     `headroom`: above 1, the trace is also scheduled at so many times its rate, and batches that are
     larger than all others are added; 1: none. A backend that is slower than the roofline piles up
     such batches at the trace's own rate.
     """
 
     trace_format: str = ""
+    sort_arrivals: bool = False
+    request_rate: float = 0.0
     max_model_len: int = 0
     requests: int = 0
     rate_scale: float = 1.0
@@ -90,7 +94,13 @@ def reduced_trace(
         )
     attention = AttentionRoofline(layer, rates, num_layers)
     linear = LinearRoofline(linear_sizes(model, tensor_parallel_size), rates)
-    trace = load_trace(path, options.trace_format or None, options.max_model_len or None)
+    trace = load_trace(
+        path,
+        options.trace_format or None,
+        options.max_model_len or None,
+        sort_arrivals=options.sort_arrivals,
+        request_rate=options.request_rate or None,
+    )
     trace = first_requests(trace, options.requests or len(trace))
     trace = scale_rate(trace, options.rate_scale)
     clock = SumOfParts([attention, linear])

@@ -8,12 +8,13 @@ from typing import Any
 from attnbench.backends.device import Device
 from attnbench.choose.advice import Advice, advise, parts_of
 from attnbench.choose.stored import Measured
+from attnbench.choose.tries import Try, tries_of
 from attnbench.choose.valid import Default, followed_default
 from attnbench.selection import resolve_device
 from attnbench.store.record import Measurement
 from attnbench.upgrade.batches import parse_batches
 from attnbench.upgrade.models import cells_of_model
-from tests.history.fake import row
+from tests.history.fake import row, table_of
 
 H200 = "nvidia-h200"
 ON_H200: dict[str, Any] = {
@@ -63,6 +64,11 @@ def ended(
     ]
 
 
+def tries(*groups: Sequence[Measurement]) -> list[Try]:
+    """As the store gives them."""
+    return tries_of(table_of([one for group in groups for one in group]))
+
+
 def chosen(
     *groups: Sequence[Measurement],
     batches: Sequence[str] = ("32q1s4k",),
@@ -76,10 +82,9 @@ def chosen(
 ) -> Advice:
     """The advice by these rows."""
     where = device or resolve_device("sm90")
-    rows = [{name: getattr(one, name) for name in one.__slots__} for g in groups for one in g]
     cells = cells_of_model(model)
     parts = parts_of(cells, parse_batches(batches))
-    measured = Measured(rows, device_class, [part.workload for part in parts], published)
+    measured = Measured(tries(*groups), device_class, [part.workload for part in parts], published)
     defaults = defaults or [
         followed_default({p.batch: p.workload for p in parts if p.kind == kind}, where, 0)
         for kind in range(len(cells))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from attnbench.backends.device import Device
 from attnbench.choose.advice import Advice
 from attnbench.choose.rank import Outcome, Standing
 from attnbench.choose.report import measure_command, sentences, to_json
-from attnbench.choose.stored import Choice, Measured, device_class_of
+from attnbench.choose.stored import Measured, device_class_of
+from attnbench.choose.tries import Choice
 from attnbench.choose.valid import Default, refusal
 from attnbench.errors import ExitCode, UsageError
+from attnbench.store.record import Measurement
 from attnbench.workload import Workload
-from tests.choose.fake import FA3, FLASHINFER, FLEX, H200, TRITON, chosen, ended, timed
+from tests.choose.fake import FA3, FLASHINFER, FLEX, H200, TRITON, chosen, ended, timed, tries
 from tests.history.fake import START
 
 LAYERS = 32  # of llama-3-8b
@@ -191,6 +194,57 @@ def test_a_throttled_point_is_measured_again() -> None:
     assert [choice.text for choice, _ in advice.missing] == ["FLASHINFER:FA3"]
 
 
+def with_status(rows: list[Measurement], **at: int) -> list[Measurement]:
+    """`NOISY=1`: the first row is NOISY. A throttled row has no samples, and is slow if it had."""
+    for status, count in at.items():
+        for place in range(count):
+            samples = () if status == "THROTTLED" else rows[place].samples
+            rows[place] = replace(rows[place], status=status, samples=samples)
+    return rows
+
+
+def test_few_noisy_processes_bar_nobody_and_many_do() -> None:
+    others = (timed(FLASHINFER, 2e-4), timed(TRITON, 3e-4), timed(FLEX, 4e-4))
+    quarter = chosen(with_status(timed(FA3, [9e-4, 1e-4, 1.001e-4, 1.002e-4]), NOISY=1), *others)
+    assert names(quarter)[0] == "FLASH_ATTN:FA3"
+    # Its median counts, though it did not settle: left out, it would flatter.
+    assert quarter.whole.lines[0].seconds == pytest.approx(LAYERS * (1.001e-4 + 1.002e-4) / 2)
+    third = chosen(with_status(timed(FA3, [1e-4] * 3), NOISY=1), *others)
+    assert names(third)[0] == "FLASHINFER:FA3"
+    assert reasons(third)["FLASH_ATTN:FA3"].startswith("unstable")
+    assert reasons(third)["FLASH_ATTN:FA3"].endswith("1 of 3 processes")
+    assert "1 of 3 processes" in third.regret.why  # it is the default, and has no ratio
+    # Over a mix its processes on all batches count: two of six, one of six.
+    mix = [
+        (timed(who, level, "q2k"), timed(who, level))
+        for who, level in ((FLASHINFER, 2e-4), (TRITON, 3e-4), (FLEX, 4e-4))
+    ]
+    rest = [group for pair in mix for group in pair]
+    for noisy, first in ((1, "FLASH_ATTN:FA3"), (2, "FLASHINFER:FA3")):
+        its = with_status(timed(FA3, 1e-4, "q2k"), NOISY=noisy)
+        advice = chosen(its, timed(FA3, 1e-4), *rest, batches=("32q1s4k", "q2k"))
+        assert names(advice)[0] == first, noisy
+
+
+def test_a_throttled_process_is_left_out_where_another_was_timed() -> None:
+    others = (timed(FLASHINFER, 2e-4), timed(TRITON, 3e-4), timed(FLEX, 4e-4))
+    advice = chosen(with_status(timed(FA3, 1e-4), THROTTLED=1), *others)
+    assert names(advice)[0] == "FLASH_ATTN:FA3"
+    assert (advice.missing, reasons(advice)) == ((), {})
+    every = chosen(with_status(timed(FA3, 1e-4), THROTTLED=3), *others)
+    assert "FLASH_ATTN:FA3" not in names(every)
+    assert [choice.text for choice, _ in every.missing] == ["FLASH_ATTN:FA3"]
+
+
+@pytest.mark.parametrize("status", ["INCORRECT", "CRASH"])
+def test_one_wrong_or_dead_process_bars_at_once(status: str) -> None:
+    rows = timed(FA3, [1e-4] * 9)
+    rows[4] = replace(rows[4], status=status, samples=())
+    advice = chosen(rows, timed(FLASHINFER, 2e-4), timed(TRITON, 3e-4), timed(FLEX, 4e-4))
+    assert names(advice)[0] == "FLASHINFER:FA3"
+    assert status in reasons(advice)["FLASH_ATTN:FA3"]
+
+
 def test_where_nothing_settled_it_is_measured_again() -> None:
     advice = chosen(*(ended(who, "NOISY") for who in (FA3, TRITON, FLEX, FLASHINFER)))
     assert advice.exit_code is ExitCode.UNDECIDED
@@ -235,10 +289,7 @@ def test_the_run_that_has_them_all_counts_before_a_newer_one_of_one() -> None:
 
 
 def test_several_stored_devices_must_be_named() -> None:
-    rows = [
-        {"device_class": name, "device_kind": "cuda", "compute_capability": "9.0"}
-        for name in ("nvidia-h100", "nvidia-h200")
-    ]
+    rows = tries(*(timed(FA3, 1e-4, device_class=f"nvidia-h{number}") for number in (100, 200)))
     with pytest.raises(UsageError, match="nvidia-h100, nvidia-h200"):
         device_class_of(rows, "sm90", "9.0")
     assert device_class_of(rows, "nvidia-h100", "") == "nvidia-h100"
@@ -348,10 +399,7 @@ def test_adapters_and_kernels_of_another_device_are_not_chosen_from() -> None:
 
 
 def test_a_named_block_size_is_the_only_one_looked_at() -> None:
-    rows = [
-        {name: getattr(one, name) for name in one.__slots__}
-        for one in timed(FA3, 2e-4) + timed(FLASHINFER, 1e-4, "32q1s4k block=32")
-    ]
+    rows = tries(timed(FA3, 2e-4), timed(FLASHINFER, 1e-4, "32q1s4k block=32"))
     asked = Workload.parse("32q1s4k")
     sizes = {
         block: {

@@ -13,15 +13,19 @@ import pytest
 from attnbench.backends.device import Device
 from attnbench.choose.advice import parts_of
 from attnbench.choose.rank import Part
-from attnbench.choose.stored import Choice
+from attnbench.choose.tries import Choice
 from attnbench.choose.valid import matching, probed_default
 from attnbench.cli.choose_measure import plan_of, runnable, totals
 from attnbench.cli.choose_trace import shares_of_trace
 from attnbench.cli.main import main
 from attnbench.errors import UsageError
+from attnbench.measure.environment import class_of_name
+from attnbench.measure.peaks import COMPUTE_CAPABILITIES, PEAKS, capability_of_class
+from attnbench.selection import resolve_device
 from attnbench.store import ResultsFolder
 from attnbench.store.header import RunHeader
 from attnbench.store.record import Measurement
+from attnbench.traffic.reduced import TraceOptions
 from attnbench.upgrade.batches import parse_batches
 from attnbench.upgrade.cells import cell_of_shape
 from attnbench.upgrade.models import cells_of_model
@@ -105,6 +109,30 @@ def test_nothing_stored_is_exit_3_with_the_command(
     assert "to measure: attnbench run 32q1s4k --backend" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device", ["nvidia-h200", "NVIDIA H200"])
+def test_a_known_device_without_times_is_no_unknown_device(
+    tmp_path: Path, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = fill(tmp_path / "h100", timed(FA3, 1e-4, device_class="nvidia-h100-80gb-hbm3"))
+    for folder in (tmp_path / "none", stored):
+        code = call(*BATCH, "--device", device, "--results", str(folder), "--format", "json")
+        printed = capsys.readouterr()
+        assert code == 3, printed.err
+        assert json.loads(printed.out)["verdict"] == "not measured"
+        assert (
+            "to measure: attnbench run 32q1s4k --backend FLASHINFER:FA3 --backend FLASH"
+            in printed.err
+        )
+
+
+def test_every_known_device_can_be_asked_about() -> None:
+    assert COMPUTE_CAPABILITIES.keys() == PEAKS.keys()
+    for name, capability in COMPUTE_CAPABILITIES.items():
+        assert (
+            str(resolve_device(capability_of_class(class_of_name(name))).capability) == capability
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -119,6 +147,9 @@ def test_nothing_stored_is_exit_3_with_the_command(
         ([*BATCH, "--tp", "3", "--device", "sm90"], "3"),
         ([*BATCH, "--device", "sm90", "--engine", "torch==2.0"], "name a vLLM"),
         ([*BATCH, "--device", "sm90", "--measure"], "this machine is"),
+        ([*BATCH, "--device", "nvidia-h200", "--measure"], "the question is of nvidia-h200"),
+        ([*BATCH, "--sort-arrivals"], "--sort-arrivals is of a trace"),
+        ([*BATCH, "--headroom", "4"], "--headroom is of a trace"),
         (["--model", "llama-3-8b", "--batch", "-1*8q1s1k"], "-1"),
     ],
 )
@@ -167,7 +198,8 @@ def test_the_mix_of_a_trace(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (cell,) = cells_of_model("llama-3-8b")
-    shares = shares_of_trace(trace, "llama-3-8b", cell, 1, "nvidia-h200", 16)
+    options = TraceOptions(representatives=16)
+    shares = shares_of_trace(trace, "llama-3-8b", cell, 1, "nvidia-h200", options)
     assert "batches stand for them" in capsys.readouterr().err
     steps = sum(share.weight for share in shares)
     assert steps >= 2000
@@ -189,10 +221,28 @@ def test_the_mix_of_a_trace(
     assert answer["default"]["regret"]["ratio"] == pytest.approx(2.0)
 
 
+def test_a_trace_is_told_as_to_traffic(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same options in the same words give the same batches."""
+    head, *rows = trace.read_text().splitlines()
+    trace.write_text("\n".join([head, *reversed(rows)]))
+    words = (str(trace), "--sort-arrivals", "--trace-format", "csv", "--max-model-len", "480",
+             "--requests", "110", "--rate-scale", "0.5", "--representatives", "32")  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(["traffic", *words, "--format", "json"])
+    batches = {row["workload"] for row in json.loads(capsys.readouterr().out) if row["weight"] > 0}
+    where = ("--device", "nvidia-h200", "--results", str(tmp_path / "none"), "--format", "json")
+    assert call("--model", "llama-3-8b", *where, "--trace", *words) == 3
+    printed = capsys.readouterr()
+    assert {row["batch"] for row in json.loads(printed.out)["batches"]} == batches
+    assert "10 too long" in printed.err
+
+
 def test_a_trace_needs_a_clock(trace: Path, tmp_path: Path) -> None:
     (cell,) = cells_of_model("llama-3-8b")
-    with pytest.raises(UsageError, match=r"no published peaks of cpu-x, .*nvidia-h200"):
-        shares_of_trace(trace, "llama-3-8b", cell, 1, "cpu-x", 16)
+    with pytest.raises(UsageError, match=r"--device cpu-x: no published peaks of it, .*H200"):
+        shares_of_trace(trace, "llama-3-8b", cell, 1, "cpu-x", TraceOptions())
     code = call("--model", "llama-3-8b", "--device", "cpu", "--trace", str(tmp_path / "absent"),
                 "--results", str(tmp_path / "r"))  # fmt: skip
     assert code == 2

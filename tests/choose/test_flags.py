@@ -7,7 +7,7 @@ import json
 import pytest
 
 from attnbench.choose.flags import by_phase, kind_of, quoted, realise
-from attnbench.choose.stored import Choice
+from attnbench.choose.tries import Choice
 from attnbench.workload import Workload
 
 FULL = "full_attention"

@@ -9,12 +9,11 @@ import pytest
 
 from attnbench.choose.maps import choices_of
 from attnbench.store.record import Measurement
-from tests.choose.fake import FA3, FLASHINFER, FLEX, TRITON, ended, timed
+from tests.choose.fake import FA3, FLASHINFER, FLEX, TRITON, ended, timed, tries
 
 
 def found(*groups: Sequence[Measurement], **more: Any) -> dict[str, Any]:
-    rows = [{name: getattr(one, name) for name in one.__slots__} for g in groups for one in g]
-    return choices_of(rows, **more)
+    return choices_of(tries(*groups), **more)
 
 
 def cells(one: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import signal
 from pathlib import Path
 
 import pytest
 
+from attnbench.backends.device import Device
+from attnbench.measure.environment import read_environment
+from attnbench.store import ResultsFolder
+from attnbench.store.record import PROTOCOL_VERSION
 from tests.cli.conftest import Attnbench
+from tests.measure.other_python import program
 
 NIGHT = ("nightly", "--timer", "fake", "--backend", "CPU_ATTN", "--backend", "TORCH_SDPA")
 
@@ -42,6 +49,85 @@ def test_three_nights_no_baseline_then_the_same_then_slower(
     # The command the summary gives is one that works.
     words = again.split("attnbench ", 1)[1].replace("'", "").split()
     assert attnbench(*words, "--timer", "fake").returncode == 0
+
+    # More looks slower than may be measured again: the worst of each backend is.
+    slow = ("--fake-slowdown", "CPU_ATTN=1.4", "--fake-slowdown", "TORCH_SDPA=1.2")
+    fourth = attnbench(*NIGHT, *slow, "--confirm-at-most", "2")
+    assert fourth.returncode == 1, fourth.stdout + fourth.stderr
+    assert "REGRESSION: 2 confirmed, 2 undecided" in fourth.stdout
+    assert "2 more do, and stay undecided: --confirm-at-most is 2" in fourth.stderr
+    assert "waiting   2 points may be slower and were not measured again" in fourth.stdout
+    alarms = [line for line in fourth.stdout.splitlines() if "   since" in line]
+    assert sorted("CPU_ATTN" in line for line in alarms) == [False, True]
+
+
+def test_a_night_without_its_reference_goes_on_and_says_so(attnbench: Attnbench) -> None:
+    found = attnbench(*NIGHT, "--reference", "nowhere/python")
+    assert found.returncode == 0, found.stderr
+    assert "no such program" in found.stderr
+    assert "this night goes on without it" in found.stderr
+    line = next(line for line in found.stdout.splitlines() if line.startswith("reference"))
+    assert "none: --reference" in line
+
+
+@pytest.mark.slow
+def test_a_night_that_was_killed_while_it_confirmed_goes_on_as_it_was_begun(
+    attnbench: Attnbench, project: Path, tmp_path: Path
+) -> None:
+    python = killing_python(tmp_path / "other")
+    assert attnbench(*NIGHT).returncode == 0
+    slow = ("--fake-slowdown", "CPU_ATTN=1.3")
+    killed = attnbench(*NIGHT, *slow, "--reference", python, "--confirm-at-most", "1")
+    assert killed.returncode == -signal.SIGKILL
+    folder = ResultsFolder(project / "results")
+    run_id = folder.header("last").run_id
+    begun = confirmations(folder, run_id)
+    assert len(begun) == 1
+
+    again = attnbench("nightly", "--resume", "last")
+    assert again.returncode == 1, again.stdout + again.stderr
+    assert "REGRESSION: 1 confirmed, 1 undecided" in again.stdout
+    assert "reference commit 0123456, " in again.stdout
+    after = confirmations(folder, run_id)
+    assert begun < after
+    assert {replicate for _, replicate in after} == set(range(100, 110))
+    assert len(after) == 10
+
+
+def confirmations(folder: ResultsFolder, run_id: str) -> set[tuple[str, int]]:
+    table = folder.table(["point_id", "replicate"], {"run_id": run_id, "metric": "attention"})
+    rows = [(row["point_id"], row["replicate"]) for row in table.to_pylist()]
+    assert len(set(rows)) == len(rows)
+    return {row for row in rows if row[1] >= 100}
+
+
+def killing_python(folder: Path) -> str:
+    """Says what it is; asked to measure, it kills the night the first time, and knows no point
+    afterwards."""
+    here = read_environment(Device("cpu"))
+    facts = {
+        "protocol_version": PROTOCOL_VERSION,
+        "device_class": here.device_class,
+        "device_uuid": here.device_uuid,
+        "commit": "0123456789",
+        "stack": ["torch==2.12.0"],
+        "stack_id": "abc",
+        "harness_version": "0.0.9",
+        "package": "/before/attnbench/__init__.py",
+    }
+    source = f"""
+import json, os, pathlib, signal, sys
+mark = pathlib.Path(__file__).with_name("killed")
+for line in sys.stdin:
+    if "points" not in json.loads(line):
+        print({json.dumps(facts)!r}, flush=True)
+    elif mark.exists():
+        print(json.dumps({{"refused": {{}}}}), flush=True)
+    else:
+        mark.touch()
+        os.kill(os.getppid(), signal.SIGKILL)
+"""
+    return program(folder, source)
 
 
 def test_a_night_without_suites_says_what_to_do(attnbench: Attnbench, project: Path) -> None:
