@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,24 @@ class Settings:
     timeout_s: float = field(
         default=120.0,
         metadata={"help": "wall seconds a point may take before its worker is killed"},
+    )
+    manifest: str = field(
+        default="",
+        metadata={
+            "help": "git repository with one commit per measured stack; empty: none",
+            "path": True,
+        },
+    )
+    reference: str = field(
+        default="",
+        metadata={
+            "help": "python of the build before, measured in turn with what looks slower; "
+            "empty: none",
+            "program": True,
+        },
+    )
+    confirm_points: int = field(
+        default=200, metadata={"help": "points of a nightly that are measured again, at most"}
     )
     choice_days: int = field(
         default=30, metadata={"help": "days after its oldest measurement that a choice holds"}
@@ -112,11 +130,12 @@ def load_settings(path: Path | None = None) -> Settings:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
             raise SettingsError(f"{found}: unknown key {key!r}; {hint}")
-        values[key] = _checked(found, key, value, known[key].default)
+        values[key] = _checked(found, key, value, known[key])
     return Settings(**values)
 
 
-def _checked(path: Path, key: str, value: Any, default: Any) -> Any:
+def _checked(path: Path, key: str, value: Any, own: Field[Any]) -> Any:
+    default = own.default
     assert default is not MISSING
     if isinstance(default, Path):
         if isinstance(value, str) and value:
@@ -124,7 +143,10 @@ def _checked(path: Path, key: str, value: Any, default: Any) -> Any:
         expected = 'a path in quotes, e.g. "results"'
     elif isinstance(default, str):
         if isinstance(value, str):
-            return value
+            # Not resolved: the python of a virtual environment is a link, and is one by its place.
+            is_path = own.metadata.get("path") and value
+            is_path = is_path or (own.metadata.get("program") and "/" in value)
+            return str(path.parent.absolute() / Path(value).expanduser()) if is_path else value
         expected = "text in quotes"
     elif isinstance(default, int):
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:

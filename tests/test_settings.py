@@ -37,6 +37,20 @@ def test_the_nearest_file_upwards_is_read_and_paths_start_at_its_folder(
     assert settings.matrix_file == tmp_path / "out" / "matrix.json"
 
 
+def test_the_python_of_the_build_before_starts_there_too_and_stays_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    venv = tmp_path / "before" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "python").symlink_to("/usr/bin/env")
+    path = write(tmp_path, 'reference = "before/bin/python"\nconfirm_points = 7\n')
+    settings = load_settings(path)
+    assert (settings.reference, settings.confirm_points) == (str(venv / "python"), 7)
+    write(tmp_path, 'reference = "python3.11"\n')
+    assert load_settings(path).reference == "python3.11"
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [

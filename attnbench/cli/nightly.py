@@ -77,7 +77,7 @@ def nightly(
     format: FormatOption = Format.TABLE,
 ) -> None:
     """Measure the suites, store, judge against earlier runs, confirm what looks slower, render."""
-    from attnbench.cli.page_values import page_values
+    from attnbench.cli.page_values import page_values, watch_of
     from attnbench.cli.sweeping import (
         Sweep,
         choose_suites,
@@ -86,11 +86,13 @@ def nightly(
         requested_backends,
     )
     from attnbench.dashboard import load_pages, render, write_matrix
+    from attnbench.errors import AttnBenchError, ExitCode
     from attnbench.history import judge, summary_markdown, summary_text
     from attnbench.history.acknowledge import load_acknowledgements
     from attnbench.history.alarms import alarms_of
     from attnbench.history.panel import Panel
     from attnbench.history.rule import VerdictSettings
+    from attnbench.history.summary import causes_of
     from attnbench.measure import make_plan
     from attnbench.measure.shard import take_shard
     from attnbench.selection import current_device
@@ -154,20 +156,28 @@ def nightly(
         "duration_s": duration_s,
         "commits_since": _commits_since(judgement),
         "reference": other.text,
+        "causes": causes_of(judgement, panel.runs, Path.cwd()),
     }
     markdown = summary_markdown(judgement, **facts)
-    pages = load_pages(folder=settings.dashboards)
-    render(
-        panel,
-        panel.runs,
-        judgement,
-        settings.site,
-        matrix=cells,
-        pages=pages,
-        summary=markdown,
-        ceilings=folder.ceilings(),
+    codes = [judgement.exit_code]
+    try:
+        pages = load_pages(folder=settings.dashboards)
+        render(
+            panel,
+            panel.runs,
+            judgement,
+            settings.site,
+            matrix=cells,
+            pages=pages,
+            summary=markdown,
+            ceilings=folder.ceilings(),
+            watch=watch_of(folder, panel),
         **page_values(folder, settings, pages.runs),
-    )
+        )
+    except AttnBenchError as error:
+        # What the night found is worth more than its pages.
+        note(f"attnbench: error: no pages: {error}")
+        codes.append(error.exit_code)
     record_stacks(settings, panel.runs)
     if format is Format.TABLE:
         print(summary_text(judgement, color=sys.stdout.isatty(), **facts))
@@ -175,7 +185,7 @@ def nightly(
         print(markdown)
     else:
         emit([verdict_row(v) for v in judgement.verdicts], format, HISTORY_COLUMNS)
-    raise typer.Exit(judgement.exit_code)
+    raise typer.Exit(ExitCode.join(*codes))
 
 
 @dataclass(frozen=True, slots=True)

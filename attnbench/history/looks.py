@@ -11,7 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attnbench.history.confirm import FALSE_ALARMS, LARGEST_P, SecondLook, second_look
+from attnbench.history.confirm import (
+    FALSE_ALARMS,
+    FUTILITY_ROUNDS,
+    LARGEST_P,
+    SecondLook,
+    second_look,
+)
 from attnbench.history.gate import (
     DEPTH,
     LARGEST_P_ALONE,
@@ -100,11 +106,15 @@ def other_side(subject: RunValue, level: Sequence[RunValue]) -> tuple[float, ...
     """What the subject's fresh processes are held against, in seconds.
 
     The processes of the build before that took turns with them; where it could not be run, the runs
-    of the level.
+    of the level. Of these not the newest ones that were measured again to the end: a slow-down of
+    last night is no level to hold tonight's against, or it would be none on the night after.
     """
     if is_beside(subject):
         return subject.references
-    return tuple(v.median_s for v in level if v.median_s is not None)
+    runs = list(level)
+    while len(runs) > MIN_LEVEL_RUNS and len(runs[-1].confirmations) > FUTILITY_ROUNDS:
+        runs.pop()
+    return tuple(v.median_s for v in runs if v.median_s is not None)
 
 
 def is_beside(subject: RunValue) -> bool:

@@ -213,7 +213,9 @@ def _judge_time(
     )
     if verdict in (Verdict.REGRESSION, Verdict.IMPROVEMENT):
         result = replace(result, since=_since(subject, baseline, found))
-    suspicious = reason is Reason.INTERVAL_TOO_WIDE and found.ratio > noise.limit
+    # Picked, and the build before did not time it then: too much of a change to say "noise" of.
+    is_picked = night.first is not None and night.first.is_picked and bool(subject.confirmations)
+    suspicious = is_picked or (reason is Reason.INTERVAL_TOO_WIDE and found.ratio > noise.limit)
     if not require_confirmation or not (verdict is Verdict.REGRESSION or suspicious):
         return result
     if not subject.confirmations:
@@ -226,14 +228,18 @@ def _judge_time(
     if night.first is None and not is_beside(subject):
         groups = [v.replicates for v in baseline]
         again = estimate_again(groups, subject.confirmations, noise, settings.confidence)
-        return _confirmed(result, again, decide(again, noise)[0], noise)
+        return _confirmed(result, again, decide(again, noise)[0], noise, baseline)
     second = look_again(subject, baseline, settings)
     assert second is not None
     if second.is_slower(noise, night.alarm_limit):
-        return _confirmed(result, second.estimate, Verdict.REGRESSION, noise)
+        return _confirmed(result, second.estimate, Verdict.REGRESSION, noise, baseline)
     is_open = second.is_open(noise)
     return _confirmed(
-        result, second.estimate, Verdict.UNDECIDED if is_open else Verdict.UNCHANGED, noise
+        result,
+        second.estimate,
+        Verdict.UNDECIDED if is_open else Verdict.UNCHANGED,
+        noise,
+        baseline,
     )
 
 
@@ -249,7 +255,8 @@ def _first_verdict(
         groups = [v.replicates for v in baseline]
         found = estimate(groups, subject.replicates, noise, settings.confidence)
         return found, *decide(found, noise)
-    beside = settings.has_reference or is_beside(subject)
+    # What was measured again says itself how: so that a night judged later is judged alike.
+    beside = is_beside(subject) if subject.confirmations else settings.has_reference
     return night.first.estimate, *first_verdict(night.first, noise, beside)
 
 
@@ -265,11 +272,18 @@ def first_verdict(first: FirstLook, noise: TimerNoise, beside: bool) -> tuple[Ve
 
 
 def _confirmed(
-    flagged: SeriesVerdict, again: Estimate, verdict: Verdict, noise: TimerNoise
+    flagged: SeriesVerdict,
+    again: Estimate,
+    verdict: Verdict,
+    noise: TimerNoise,
+    baseline: Sequence[RunValue],
 ) -> SeriesVerdict:
     """`flagged` after fresh processes were judged alone: `again` is free of why it was chosen."""
     if flagged.verdict is Verdict.REGRESSION and verdict is Verdict.REGRESSION:
-        return replace(flagged, reasons=(Reason.CONFIRMED, *flagged.reasons), estimate=again)
+        # Some nights after a step the level is the new one: only `again` knows of the old.
+        since = _since(flagged.subject, baseline, again)
+        reasons = (Reason.CONFIRMED, *flagged.reasons)
+        return replace(flagged, reasons=reasons, estimate=again, since=since)
     result = replace(flagged, estimate=again, since=None)
     if verdict in (Verdict.UNCHANGED, Verdict.IMPROVEMENT) or again.ratio <= noise.limit:
         reasons = (Reason.NOT_CONFIRMED, Reason.WITHIN_NOISE)

@@ -40,6 +40,9 @@ class MeasureOptions:
         timeout_s: wall seconds one point may take before its worker is killed.
         fake_slowdown: (backend, factor) pairs the fake timer multiplies its times with.
         shard: the part of the plan that is measured, `2/4`; "": all of it (`measure/shard.py`).
+        reference: the Python of the build before, for the second look (`measure/reference.py`);
+            "": there is none.
+        confirm_points: at most so many points get a second look.
     """
 
     timer: str = "wall"
@@ -55,6 +58,8 @@ class MeasureOptions:
     timeout_s: float = 120.0
     fake_slowdown: tuple[tuple[str, float], ...] = ()
     shard: str = ""
+    reference: str = ""
+    confirm_points: int = 200
 
     def __post_init__(self) -> None:
         if self.timer not in TIMERS:
@@ -63,6 +68,8 @@ class MeasureOptions:
             raise UsageError(f"--l2 {' '.join(self.l2_states)!r}: use cold, hot, or both")
         if not 1 <= self.replicates <= MAX_REPLICATES:
             raise UsageError(f"--replicates {self.replicates}: use 1 to {MAX_REPLICATES}")
+        if self.confirm_points < 1:
+            raise UsageError(f"--confirm-at-most {self.confirm_points}: use 1 or more, e.g. 200")
         if self.locked_clock_hz < 0 or (self.locked_clock_hz and self.timer not in GPU_TIMERS):
             raise UsageError(
                 f"--lock-clocks {self.locked_clock_hz / 1e6:g}: it is for GPU timers and needs a "

@@ -69,13 +69,15 @@ def run_sweep(
     progress: Progress | None = None,
     tell: Tell = lambda line: None,
     isolation: Isolation | None = None,
+    truths: Path | None = None,
 ) -> SweepOutcome:
     """Measure `plan` into `run`. Points already in the run are skipped, so a resumed run goes on.
 
     Replicates are the outer loop: two measurements of a point are as far apart in time as the run
     allows, and each is from a process of its own. Within a round the backends of a workload follow
     each other in random order. Points of interpreted kernels have no times, so one replicate says
-    all they can say. `tell` gets lines about what is done besides measuring.
+    all they can say. `tell` gets lines about what is done besides measuring. `truths` is a folder
+    in which references are kept for sweeps of the same points that follow.
 
     Raises:
         InfrastructureError: the machine failed: no worker works on the device, a fresh one neither.
@@ -85,7 +87,7 @@ def run_sweep(
     started = time.perf_counter()
     counts: Counter[str] = Counter()
     isolation = isolation or Isolation()
-    stored = _stored(run, options)
+    stored = stored_points(run, options)
     rounds = [
         (replicate, interpret, interleave(points, f"{run.run_id} {replicate}"))
         for replicate in range(
@@ -105,7 +107,7 @@ def run_sweep(
             device=device,
             environment=environment,
             options=replace(options, replicates=1),
-            truth_folder=Path(folder),
+            truth_folder=truths or Path(folder),
             health=isolation.health,
             start_method=isolation.start_method,
         )
@@ -138,7 +140,7 @@ def run_sweep(
     return SweepOutcome(run.run_id, counts, duration_s, skipped, quarantined, compiled)
 
 
-def _stored(run: Run, options: MeasureOptions) -> set[tuple[str, str]]:
+def stored_points(run: Run, options: MeasureOptions) -> set[tuple[str, str]]:
     """(point, replicate) of the points that are stored whole.
 
     The row with the status is written last; others of its metric are in later L2 states.

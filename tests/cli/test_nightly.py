@@ -61,6 +61,17 @@ def test_three_nights_no_baseline_then_the_same_then_slower(
     assert sorted("CPU_ATTN" in line for line in alarms) == [False, True]
 
 
+def test_pages_that_cannot_be_written_do_not_cost_the_verdict(
+    attnbench: Attnbench, project: Path
+) -> None:
+    (project / "file").write_text("", encoding="utf-8")
+    found = attnbench(*NIGHT, "--site", "file/site")
+    assert found.returncode == 2, found.stderr
+    assert "no pages: " in found.stderr
+    assert found.stdout.splitlines()[1].startswith("verdict")
+    assert "Traceback" not in found.stderr
+
+
 def test_a_night_without_its_reference_goes_on_and_says_so(attnbench: Attnbench) -> None:
     found = attnbench(*NIGHT, "--reference", "nowhere/python")
     assert found.returncode == 0, found.stderr

@@ -22,8 +22,10 @@ def nights(draw: st.DrawFn) -> list[Measurement]:
     """A few points over nights: steps, noise, statuses, gaps, local edits, fresh processes."""
     random = np.random.default_rng(draw(st.integers(0, 2**20)))
     dirty = draw(st.sets(st.integers(0, RUNS - 1), max_size=4))
+    looked_at_again = draw(st.sets(st.integers(RUNS - 4, RUNS - 1), max_size=3))
     rows = []
     for point in range(draw(st.integers(1, 5))):
+        again = draw(st.sampled_from(["OK", "OK", "CRASH", "NOISY"]))
         spread = draw(st.sampled_from([0.0, 0.001, 0.01, 0.1]))
         step_at = draw(st.integers(0, RUNS))
         step = draw(st.sampled_from([1.0, 1.03, 1.3, 0.8]))
@@ -45,10 +47,13 @@ def nights(draw: st.DrawFn) -> list[Measurement]:
                 continue
             level = 1e-3 * (step if run >= step_at else 1.0) * (1 + spread * random.normal())
             numbers = [*range(replicates)]
-            if run == RUNS - 1 and point % 2:
-                numbers += [100, 101, 102, 103]
+            if run in looked_at_again:
+                numbers += [100 + n for n in range(draw(st.sampled_from([0, 1, 4, 10])))]
+                numbers += [200 + n for n in range(draw(st.sampled_from([0, 2, 10])))]
             for number in numbers:
                 commit = f"{run:07x}" + ("+dirty" if run in dirty else "")
+                if number >= 200:
+                    commit = "before0"
                 seconds = abs(level * (1 + spread * random.normal() / 2)) + 1e-9
                 rows.append(
                     row(
@@ -56,7 +61,7 @@ def nights(draw: st.DrawFn) -> list[Measurement]:
                         number,
                         workload=f"{point + 1}q1s1k dtype=fp32",
                         seconds=float(seconds),
-                        status=status if number < 100 else "OK",
+                        status=status if number < 100 else again if number == 101 else "OK",
                         timer=timer,
                         commit=commit,
                     )
@@ -83,16 +88,16 @@ def same(found: SeriesVerdict, expected: SeriesVerdict) -> bool:
 
 
 @settings(deadline=None, max_examples=60)
-@given(nights(), st.sets(st.integers(0, RUNS - 1), max_size=3), st.booleans())
+@given(nights(), st.sets(st.integers(0, RUNS - 1), max_size=3), st.booleans(), st.booleans())
 def test_verdicts_are_those_of_objects(
-    rows: list[Measurement], theirs: set[int], require_confirmation: bool
+    rows: list[Measurement], theirs: set[int], require_confirmation: bool, has_reference: bool
 ) -> None:
     if not rows:
         return
     table = table_of(rows)
     published = {row(run).run_id for run in theirs}
     panel = Panel.of_table(table, published)
-    settings_ = VerdictSettings()
+    settings_ = VerdictSettings(has_reference=has_reference)
     expected = judge_night(
         [(series, series.newest) for series in series_of(table, published=published)],
         settings_,

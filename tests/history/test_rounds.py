@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from attnbench.history.panel import Panel
@@ -177,3 +178,57 @@ def test_a_folder_shows_rows_of_the_build_before_to_who_asks_for_them(tmp_path: 
     assert folder.export(tmp_path / "all.csv") == every
     (value,) = [s.newest for s in Panel.of(folder).all_series([0])]
     assert value.references == pytest.approx(FAST)
+
+
+def followed(before: int, nights: int, builds: int, replicates: int = 2) -> list[Measurement]:
+    """A step of 10 % after `before` nights; each night after it is measured again to the end.
+
+    `builds`: 2 where the build before takes turns. Nights differ by 0.3 %, processes by 0.1 %.
+    """
+    random = np.random.default_rng(7)
+    rows = []
+    for run in range(before + nights):
+        step = 1.1 if run >= before else 1.0
+        night = 1e-3 * float(np.exp(random.normal(0, 0.003)))
+        for number in range(replicates):
+            seconds = night * step * float(np.exp(random.normal(0, 0.001)))
+            rows.append(row(run, number, seconds=seconds, timer="event"))
+        for number in range(10 if run >= before else 0):
+            seconds = [night * float(np.exp(random.normal(0, 0.001))) for _ in range(2)]
+            rows.append(row(run, 100 + number, seconds=seconds[0] * step, timer="event"))
+            if builds == 2:
+                rows.append(row(run, 200 + number, seconds=seconds[1], timer="event", commit="old"))
+    return rows
+
+
+@pytest.mark.parametrize("builds", [1, 2])
+@pytest.mark.parametrize(("before", "last"), [(3, 5), (5, 7), (40, 8)])
+def test_a_regression_nobody_mended_stays_one_and_begins_where_it_began(
+    before: int, last: int, builds: int
+) -> None:
+    for nights in range(1, last + 1):
+        rows = followed(before, nights, builds)
+        (verdict,) = judge(table_of(rows)).verdicts
+        assert verdict.verdict is Verdict.REGRESSION, (nights, verdict)
+        assert verdict.since is not None
+        assert verdict.since.run_id == row(before).run_id, nights
+        assert verdict.estimate is not None
+        assert verdict.estimate.ratio == pytest.approx(1.1, abs=0.01)
+
+
+@pytest.mark.parametrize("factor", [1.022, 1.024, 1.026, 1.03, 1.3])
+def test_a_night_judged_later_is_judged_as_it_was(factor: float) -> None:
+    # Whether the build before was at hand is known on the night only; that it missed most rounds
+    # is stored.
+    rows = timed([1e-3] * 6 + [1e-3 * factor], timer="event")
+    for number in range(10):
+        rows.append(row(6, 100 + number, seconds=1e-3 * factor, timer="event"))
+    for number in range(4):
+        rows.append(row(6, 200 + number, seconds=1e-3, timer="event", commit="old"))
+    (then,) = judge(table_of(rows), settings=BESIDE).verdicts
+    (later,) = judge(table_of(rows)).verdicts
+    assert (then.verdict, then.reasons, then.estimate) == (
+        later.verdict,
+        later.reasons,
+        later.estimate,
+    )

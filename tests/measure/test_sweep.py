@@ -109,6 +109,9 @@ def test_a_run_is_not_gone_on_with_on_another_stack_commit_or_machine() -> None:
     others = {
         "device_class": replace(ENVIRONMENT, device_class="other"),
         "stack_id": replace(ENVIRONMENT, stack_id="other"),
+        "driver_version": replace(ENVIRONMENT, driver_version="other"),
+        "cuda_version": replace(ENVIRONMENT, cuda_version="other"),
+        "container_digest": replace(ENVIRONMENT, container_digest="other"),
         "commit": replace(ENVIRONMENT, commit="other"),
     }
     for name, other in others.items():
