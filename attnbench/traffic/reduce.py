@@ -188,6 +188,38 @@ def window_to_hold_back(steps: StepBatches) -> slice:
     return slice(first, first + length)
 
 
+def window_to_check(reduction: Reduction, num_steps: int) -> slice:
+    """The first so many steps of those held back: few enough to measure every one of them.
+
+    Raises:
+        UsageError: fewer than `MIN_WINDOW_STEPS`, or more than are held back.
+    """
+    held = reduction.held_back
+    most = held.stop - held.start
+    if not MIN_WINDOW_STEPS <= num_steps <= most:
+        raise UsageError(
+            f"a window of {num_steps} steps: of this trace {most} steps are held back; give "
+            f"{MIN_WINDOW_STEPS} to {most}"
+        )
+    return slice(held.start, held.start + num_steps)
+
+
+def window_workloads(steps: StepBatches, window: slice, layer: Workload) -> tuple[Workload, ...]:
+    """(num_steps,) every step of a window as it is: nothing rounded, its requests in their order.
+
+    Equal steps are equal workloads: each need be measured once.
+    """
+    found = []
+    for step in range(window.start, window.stop):
+        entries = steps.entries_of(step)
+        pairs = zip(
+            steps.query_len[entries].tolist(), steps.context_len[entries].tolist(), strict=True
+        )
+        requests = tuple(Request(new, cached + new) for new, cached in pairs)
+        found.append(layer.replace(batch_spec=BatchSpec(requests)))
+    return tuple(found)
+
+
 @dataclass(frozen=True, slots=True)
 class WindowError:
     """Predicted against measured over a window: relative errors, signed."""

@@ -39,10 +39,6 @@ from tests.traffic.real import (
 )
 
 
-class P99Missed(AssertionError):
-    """Predicted further from the truth than 5 %."""
-
-
 def roofline_seconds(batches: Batches) -> Floats:
     model = AttentionRoofline(LAYER, H200, 1)
     return model.of_entries(batches.step_offsets, batches.query_len, batches.context_len)
@@ -67,16 +63,7 @@ def error_of(name: str, place: float, rugged: bool) -> WindowError:
     ("name", "place", "rugged"),
     [
         *((name, place, False) for name in TRACES for place in (0.15, 0.5, 0.8)),
-        *(("azure", place, True) for place in (0.15, 0.5, 0.8)),
-        *(("mooncake", place, True) for place in (0.15, 0.5)),
-        pytest.param(
-            *("mooncake", 0.8, True),
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=P99Missed,
-                reason="a few short prompts on either side of a wave's edge decide this p99: 12 %",
-            ),
-        ),
+        *((name, place, True) for name in TRACES for place in (0.15, 0.5, 0.8)),
     ],
 )
 def test_a_window_held_back_is_predicted(name: str, place: float, rugged: bool) -> None:
@@ -84,8 +71,7 @@ def test_a_window_held_back_is_predicted(name: str, place: float, rugged: bool) 
     error = error_of(name, place, rugged)
     assert error.num_steps >= 500
     assert abs(error.total) <= 0.03, error
-    if abs(error.p99) > 0.05:
-        raise P99Missed(error)
+    assert abs(error.p99) <= 0.05, error
 
 
 @pytest.mark.parametrize("name", TRACES)
@@ -182,22 +168,35 @@ def test_calibration_keeps_weights_positive_where_totals_cannot_be_met() -> None
 
 def test_a_model_is_exact_where_it_was_measured_and_left_out_errors_are_honest() -> None:
     steps = real_steps("azure", 800)
-    reduction = reduce_steps(steps, LAYER, 64)
+    reduction = reduce_steps(steps, LAYER, 96)
     batches = batches_of_workloads(reduction.workloads)
     seconds = rugged_seconds(batches)
     model = MeasuredLatency(reduction.workloads, seconds, 1)
     again = model.of_entries(batches.step_offsets, batches.query_len, batches.context_len)
     np.testing.assert_allclose(again, seconds, rtol=1e-4)
     errors = model.left_out_errors()
-    for index in (0, 7, 31):
+    really = np.empty(len(seconds))
+    for index in range(0, len(seconds), 8):
         kept = [i for i in range(len(seconds)) if i != index]
         without = MeasuredLatency([reduction.workloads[i] for i in kept], seconds[kept], 1)
-        [request] = [reduction.workloads[index].requests]
-        query = np.array([r.query_len for r in request])
-        context = np.array([r.seq_len - r.query_len for r in request])
-        assert without(query, context) / seconds[index] - 1.0 == pytest.approx(
-            errors[index], rel=1e-6, abs=1e-9
-        )
+        one = slice(int(batches.step_offsets[index]), int(batches.step_offsets[index + 1]))
+        really[index] = without(batches.query_len[one], batches.context_len[one]) / seconds[index]
+    really = np.abs(really[::8] - 1.0)
+    # Terms are fitted without more than the one, so these are rather too large than too small.
+    assert really.mean() / 1.5 < np.abs(errors).mean() < 4 * really.mean()
+
+
+def test_the_time_of_a_batch_left_out_is_not_looked_at() -> None:
+    steps = real_steps("azure", 800)
+    workloads = reduce_steps(steps, LAYER, 64).workloads
+    seconds = roofline_seconds(batches_of_workloads(workloads))
+    model = MeasuredLatency(workloads, seconds, 1)
+    before = model.left_out_errors()
+    for index in (0, 5, 40):
+        model.seconds = seconds.copy()
+        model.seconds[index] *= 3.0
+        after = model.left_out_errors()
+        assert 3.0 * (1.0 + after[index]) == pytest.approx(1.0 + before[index], rel=1e-9)
 
 
 def test_bad_input_is_refused() -> None:
