@@ -19,6 +19,7 @@ from attnbench.asv_bridge.asv_api import (
     config_argument,
     subcommand,
 )
+from attnbench.asv_bridge.links import SCRIPT_NAME, write_links
 from attnbench.asv_bridge.prepare import find_config, prepare
 from attnbench.errors import AttnBenchError, UsageError
 from attnbench.settings import load_settings
@@ -27,7 +28,8 @@ from attnbench.settings import load_settings
 FOLDER = "attnbench"
 
 _LINK = (
-    f'<li id="nav-li-attnbench"><a href="{FOLDER}/index.html">attnbench pages</a></li>\n        '
+    f'<li id="nav-li-attnbench"><a href="{FOLDER}/index.html">attnbench pages</a>'
+    f'<script defer src="{FOLDER}/assets/{SCRIPT_NAME}"></script></li>\n        '
 )
 
 
@@ -80,6 +82,7 @@ def add_pages(site: Path, html_dir: Path) -> bool:
             "install asv==0.6.6"
         )
     shutil.copytree(site, html_dir / FOLDER, dirs_exist_ok=True)
+    write_links(html_dir, html_dir / FOLDER)
     if _LINK not in text:
         page.write_text(text.replace(WEB_PAGE_ANCHOR, _LINK + WEB_PAGE_ANCHOR), encoding="utf-8")
     return True

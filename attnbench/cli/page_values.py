@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -43,13 +45,37 @@ def watch_of(folder: ResultsFolder, panel: Panel) -> Watch:
     """The gate's own record, clocks of the runs, and the clone of the working directory."""
     from attnbench.dashboard.watch import Watch
     from attnbench.history.attribution import locked_clocks
-    from attnbench.history.self_record import gate_record, rehearsals_of
 
-    own = [
-        run.run_id for run, theirs in zip(panel.runs, panel.is_published, strict=True) if not theirs
-    ]
+    runs = zip(panel.runs, panel.is_published, strict=True)
+    own = [run.run_id for run, is_theirs in runs if not is_theirs]
     return Watch(
-        record=gate_record(panel, rehearsals=rehearsals_of(folder, own)),
+        record=_gate_record(folder, panel, own),
         clocks=locked_clocks(folder, own),
         repository=Path.cwd(),
     )
+
+
+#: A record of more series-nights than this takes seconds: it is counted again once in so many runs.
+_SMALL = 100_000
+_RUNS_BETWEEN = 7
+
+
+def _gate_record(folder: ResultsFolder, panel: Panel, own: list[str]) -> dict[str, Any]:
+    """`gate_record` with `as_of`, the newest run it counts; kept in `gate.json` of the results."""
+    from attnbench.dashboard.pages import write_text_atomically
+    from attnbench.history.self_record import gate_record, rehearsals_of
+
+    path = folder.path / "gate.json"
+    if panel.num_series * panel.num_runs > _SMALL:
+        try:
+            kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if kept["as_of"] in own[-_RUNS_BETWEEN:]:
+                return kept
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # not there, or not ours: counted again
+    record = gate_record(panel, rehearsals=rehearsals_of(folder, own))
+    record["as_of"] = own[-1] if own else ""
+    # Results that may only be read have pages too.
+    with contextlib.suppress(OSError):
+        write_text_atomically(path, json.dumps(record))
+    return record

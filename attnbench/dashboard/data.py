@@ -10,14 +10,16 @@ import pyarrow as pa
 
 from attnbench.dashboard.json_text import column_text
 from attnbench.dashboard.series_files import chunk_digits
+from attnbench.history.attribution import environment_between
 from attnbench.history.derived import QUANTITIES
 from attnbench.history.night import judge_panel
 from attnbench.history.panel import Panel
 from attnbench.history.roofline import roofline
 from attnbench.history.rule import VerdictSettings
-from attnbench.history.runs import RunSummary, environment_change
+from attnbench.history.runs import RunSummary
 from attnbench.history.series import RunValue, Series, sample_arrays
 from attnbench.history.series_verdict import SeriesVerdict
+from attnbench.history.stacks import driver_number
 from attnbench.history.summary import repro_command
 from attnbench.history.verdict import Judgement
 from attnbench.store.ceilings import Ceilings
@@ -150,9 +152,15 @@ def index_data(
 
 
 def series_heads(
-    panel: Panel, verdicts: Mapping[str, SeriesVerdict], run_index: Mapping[str, int]
+    panel: Panel,
+    verdicts: Mapping[str, SeriesVerdict],
+    run_index: Mapping[str, int],
+    changes: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Everything that the series page shows of each series but its values."""
+    """Everything that the series page shows of each series but its values.
+
+    `changes` are its change points (`level_changes`).
+    """
     heads = []
     for index, name in enumerate(panel.ids):
         series, verdict = panel.outline(index), verdicts.get(name)
@@ -163,6 +171,7 @@ def series_heads(
                 "title": series.title,
                 "again": repro_command(series.identity),
                 "verdict": verdict_data(verdict, run_index) if verdict else None,
+                "changes": changes[name],
             }
         )
     return heads
@@ -182,19 +191,29 @@ def verdict_data(verdict: SeriesVerdict, run_index: Mapping[str, int]) -> dict[s
         "since": run_index[verdict.since.run_id] if verdict.since else None,
         "status_before": str(verdict.status_before) if verdict.status_before else "",
         "note": verdict.note,
+        "replicates": list(verdict.subject.replicates) if verdict.subject.confirmations else [],
+        "confirmations": list(verdict.subject.confirmations),
+        "references": list(verdict.subject.references),
     }
 
 
 def runs_data(
-    runs: Sequence[RunSummary], conditions_shown: int, published: Collection[str] = ()
+    runs: Sequence[RunSummary],
+    conditions_shown: int,
+    published: Collection[str] = (),
+    clocks: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """All runs, oldest first, and every stack once. The newest ones have a conditions file."""
+    """All runs, oldest first, and every stack once. The newest ones have a conditions file.
+
+    `clocks` says what each run did with the GPU's clock (`attribution.locked_clocks`).
+    """
+    clocks = clocks or {}
     stacks = {run.stack_id: list(run.stack) for run in runs}
     listed = []
     latest: dict[str, RunSummary] = {}
     for number, run in enumerate(runs):
         before = latest.get(run.device_class)
-        change = environment_change(before, run) if before else None
+        change = environment_between(before, run, clocks) if before else None
         latest[run.device_class] = run
         listed.append(
             {
@@ -205,18 +224,23 @@ def runs_data(
                 "commit_at": run.commit_time,
                 "subject": run.commit_subject,
                 "stack": run.stack_id,
-                "driver": run.driver_version,
+                "stack_key": run.stack_key,
+                "driver": driver_number(run.driver_version),
                 "device": run.device_class,
                 "device_name": run.device_name,
                 "suites": list(run.suites),
                 "points": {str(status): count for status, count in run.points.items()},
-                "facts": dict(run.facts),
+                "facts": {**run.facts, **_clock(clocks, run)},
                 "change": change.text if change else "",
                 "published": run.run_id in published,
                 "conditions": number >= len(runs) - conditions_shown,
             }
         )
     return {"runs": listed, "stacks": stacks}
+
+
+def _clock(clocks: Mapping[str, str], run: RunSummary) -> dict[str, str]:
+    return {"clocks": clocks[run.run_id]} if run.run_id in clocks else {}
 
 
 def backends_data(
@@ -236,12 +260,12 @@ def backends_data(
         rows.append(
             {
                 "id": panel.ids[index],
-                "group": _group_of(series),
+                "group": group_of(series),
                 "device": series.key.device_class,
                 "how": how_text(series),
                 **{name: series.identity[name] for name in _SIDE_COLUMNS},
                 "attainable_s": limits.attainable_s if limits else None,
-                "backend": _backend_name(series),
+                "backend": backend_name(series),
                 "median_s": value.median_s if value.is_timed else None,
                 "status": str(value.status),
                 "reasons": list(value.reasons),
@@ -278,7 +302,7 @@ def how_text(series: Series) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _group_of(series: Series) -> str:
+def group_of(series: Series) -> str:
     """What backends are compared within: everything of the workload but the batch spec."""
     identity = series.identity
     spec = str(identity["batch_spec"])
@@ -290,7 +314,8 @@ def _group_of(series: Series) -> str:
     return " ".join([str(shape), str(identity["dtype"]), *rest])
 
 
-def _backend_name(series: Series) -> str:
+def backend_name(series: Series) -> str:
+    """A series' backend and its variant, for people."""
     variant = series.identity["variant"]
     return f"{series.identity['backend']}{f' [{variant}]' if variant else ''}"
 
@@ -298,7 +323,7 @@ def _backend_name(series: Series) -> str:
 def _index_row(series: Series, newest: RunValue, verdict: SeriesVerdict | None) -> dict[str, Any]:
     return {
         "id": series.id,
-        "backend": _backend_name(series),
+        "backend": backend_name(series),
         "workload": series.identity["workload"],
         "shape": series.identity["shape"],
         "dtype": series.identity["dtype"],

@@ -38,7 +38,7 @@ def value_texts(column: pa.Array | pa.ChunkedArray) -> pa.StringArray:
         texts = pc.strftime(seconds, format='"%Y-%m-%dT%H:%M:%S+00:00"')
     else:
         texts = array.cast(pa.string())
-    return pc.fill_null(texts, "null")
+    return pc.if_else(pc.is_valid(array), texts, "null")
 
 
 def array_text(texts: pa.StringArray) -> str:

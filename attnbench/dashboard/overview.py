@@ -5,6 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from attnbench.dashboard.alarm_entries import (
+    absent_entries,
+    entry,
+    group_entries,
+    is_slower,
+    known_entries,
+    leading,
+    open_groups,
+    refused_entries,
+    status_entry,
+    timed_entry,
+)
+from attnbench.dashboard.watch import Watch
+from attnbench.history.alarms import Alarms, alarms_of
+from attnbench.history.groups import AlarmGroup
+from attnbench.history.panel import Panel
 from attnbench.history.rule import Reason, Verdict
 from attnbench.history.runs import RunSummary
 from attnbench.history.series_verdict import SeriesVerdict
@@ -12,9 +28,6 @@ from attnbench.history.summary import (
     duration_text,
     headline,
     interval_text,
-    level_text,
-    point_text,
-    repro_command,
     short_commit,
     undecided_advice,
     verdict_counts,
@@ -48,13 +61,21 @@ _FIRST = "The next run is judged by this one."
 
 def overview_context(
     judgement: Judgement,
+    panel: Panel,
     runs: Sequence[RunSummary],
     run_index: Mapping[str, int],
-    published: Collection[str] = (),
+    published: Collection[str],
+    watch: Watch,
 ) -> dict[str, Any]:
     """Values of the overview's template."""
     run = judgement.run
     verdict = judgement.verdict
+    # What is silent is told even where nobody asked about acknowledgements.
+    alarms = judgement.alarms or alarms_of(judgement, panel)
+    absent = absent_entries(alarms, {one.run_id: one for one in runs})
+    known = known_entries(alarms)
+    refused = refused_entries(alarms)
+    sections, lead = _sections(judgement, panel, alarms, watch)
     return {
         "headline": headline(judgement).removeprefix("attnbench nightly · "),
         "verdict": str(verdict),
@@ -65,8 +86,15 @@ def overview_context(
         "incomplete": judgement.incomplete,
         "run": _run_row(run, run_index, published),
         "environment": judgement.environment.text if judgement.environment else "",
-        "sections": [section for section in _sections(judgement) if section["total"]],
+        "lead": lead,
+        "sections": [section for section in sections if section["total"]],
         "missing": len(judgement.missing),
+        "absent": absent[:_LISTED],
+        "num_absent": len(absent),
+        "known": known[:_LISTED],
+        "num_known": len(known),
+        "refused": refused[:_LISTED],
+        "warnings": list(alarms.warnings[:_LISTED]),
         "dropped": list(judgement.dropped[:_LISTED]),
         "num_dropped": len(judgement.dropped),
         "new": len(judgement.because(Reason.NO_BASELINE)),
@@ -88,66 +116,66 @@ def _sentence_case(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _sections(judgement: Judgement) -> list[dict[str, Any]]:
-    slower = judgement.because(Reason.CONFIRMED, Reason.SLOWER_THAN_FLOOR)
-    lost = judgement.because(Reason.STATUS_CHANGED)
-    failed = [v for v in judgement.failures if v not in lost]
-    back = judgement.because(Reason.STATUS_RECOVERED)
-    return [
-        _section("slower", "Slower", slower, _timed_entry),
-        _section("lost", "Support lost", lost, _status_entry),
-        _section("undecided", "Undecided", judgement.of(Verdict.UNDECIDED), _undecided_entry),
-        _section("invalid", "Not comparable", judgement.of(Verdict.INVALID), _note_entry),
-        _section("failed", "Failed", failed, _status_entry),
-        _section("faster", "Faster", judgement.because(Reason.FASTER_THAN_FLOOR), _timed_entry),
-        _section("back", "Works again", back, _status_entry),
+def _sections(
+    judgement: Judgement, panel: Panel, alarms: Alarms, watch: Watch
+) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]]]:
+    """The lists of the page, what must be known first; and what its head says of them."""
+    groups = open_groups(judgement, alarms)
+    slower, lost = ([g for g in groups if is_slower(g) is kind] for kind in (True, False))
+    told = {
+        kind: group_entries(own[:_LISTED], panel, watch.clocks, watch.repository)
+        for kind, own in (("slower", slower), ("lost", lost))
+    }
+    in_lost = {v.series.key for v in judgement.because(Reason.STATUS_CHANGED)}
+    failed = [
+        v for v in judgement.failures if v.series.key not in in_lost and not alarms.is_known(v)
     ]
+    undecided = [v for v in judgement.of(Verdict.UNDECIDED) if not alarms.is_known(v)]
+    back = judgement.because(Reason.STATUS_RECOVERED)
+    faster = judgement.because(Reason.FASTER_THAN_FLOOR)
+    return [
+        _group_section("lost", "Support lost", lost, told["lost"]),
+        _group_section("slower", "Slower", slower, told["slower"]),
+        _section("undecided", "Undecided", undecided, _undecided_entry),
+        _section("invalid", "Not comparable", judgement.of(Verdict.INVALID), _note_entry),
+        _section("failed", "Failed", failed, status_entry),
+        _section("faster", "Faster", faster, timed_entry),
+        _section("back", "Works again", back, status_entry),
+    ], leading([*told["lost"], *told["slower"]])
+
+
+def _group_section(
+    kind: str, title: str, groups: Sequence[AlarmGroup], entries: list[dict[str, Any]]
+) -> dict[str, Any]:
+    points = sum(len(group.members) for group in groups)
+    return {
+        "kind": kind,
+        "title": title,
+        "total": len(groups),
+        "points": points if points > len(groups) else 0,
+        "entries": entries,
+    }
 
 
 def _section(
-    kind: str, title: str, verdicts: Sequence[SeriesVerdict], entry: Any
+    kind: str, title: str, verdicts: Sequence[SeriesVerdict], entry_of: Any
 ) -> dict[str, Any]:
     return {
         "kind": kind,
         "title": title,
         "total": len(verdicts),
-        "entries": [entry(verdict) for verdict in verdicts[:_LISTED]],
+        "points": 0,
+        "entries": [entry_of(verdict) for verdict in verdicts[:_LISTED]],
     }
-
-
-def _entry(verdict: SeriesVerdict, change: str, detail: str) -> dict[str, Any]:
-    since = verdict.since
-    return {
-        "id": verdict.series.id,
-        "point": point_text(verdict),
-        "change": change,
-        "detail": detail,
-        "since": level_text(since) if since else "",
-        "since_at": f"{since.started_at:%Y-%m-%d}" if since else "",
-        "again": repro_command(verdict.series.identity),
-    }
-
-
-def _timed_entry(verdict: SeriesVerdict) -> dict[str, Any]:
-    assert verdict.estimate is not None
-    detail = ", ".join(str(reason).replace("_", " ") for reason in verdict.reasons)
-    return _entry(verdict, interval_text(verdict.estimate), detail)
-
-
-def _status_entry(verdict: SeriesVerdict) -> dict[str, Any]:
-    before = verdict.status_before
-    now = verdict.subject.status
-    change = f"{before} → {now}" if before and before is not now else str(now)
-    return _entry(verdict, change, "; ".join(verdict.subject.reasons))
 
 
 def _undecided_entry(verdict: SeriesVerdict) -> dict[str, Any]:
     change = interval_text(verdict.estimate) if verdict.estimate else ""
-    return _entry(verdict, change, undecided_advice(verdict))
+    return entry(verdict, change, undecided_advice(verdict))
 
 
 def _note_entry(verdict: SeriesVerdict) -> dict[str, Any]:
-    return _entry(verdict, "", verdict.note)
+    return entry(verdict, "", verdict.note)
 
 
 def _run_row(

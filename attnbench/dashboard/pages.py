@@ -20,11 +20,14 @@ FILE_NAME = "default.toml"
 PAGE_TITLES: Mapping[str, str] = {
     "overview": "Overview",
     "series": "Series",
+    "compare": "Compare",
     "backends": "Backends",
     "choices": "Choices",
     "traffic": "Traffic",
     "matrix": "Selection matrix",
+    "support": "Support",
     "conditions": "Conditions",
+    "gate": "The gate",
 }
 
 

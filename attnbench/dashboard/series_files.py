@@ -68,8 +68,9 @@ class Chunk:
             return ""
         parts = [_FORM, *(self.panel.ids[index] for index in self.series.tolist()), *stamps]
         for run in range(self.split):
-            joined = np.intersect1d(self.panel.joined_series(run), self.series)
-            parts += [f"{run}:{self.panel.ids[index]}" for index in joined.tolist()]
+            if len(joined := self.panel.joined_series(run)):
+                own = np.intersect1d(joined, self.series)
+                parts += [f"{run}:{self.panel.ids[index]}" for index in own.tolist()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -165,8 +166,11 @@ def _values_text(
             columns.append(of_run.take(pa.array(at, mask=at < 0)))
     if not columns:
         return ["[]"] * len(series)
-    joined = pc.binary_join_element_wise(*columns, ",", null_handling="skip")
-    texts: list[str] = joined_texts(["[", joined, "]"]).to_pylist()
+    # Rows without any value are dropped from a join: the bracket is one that all have.
+    first = pa.array(["["] * len(series))
+    joined = pc.binary_join_element_wise(first, *columns, ",", null_handling="skip")
+    opened = pc.replace_substring(joined, "[,", "[", max_replacements=1)
+    texts: list[str] = joined_texts([opened, "]"]).to_pylist()
     return texts
 
 

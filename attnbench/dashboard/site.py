@@ -13,11 +13,16 @@ import pyarrow as pa
 
 from attnbench.dashboard import data
 from attnbench.dashboard.answers import Answers
+from attnbench.dashboard.compare_data import compare_data, times_stamp, times_text
 from attnbench.dashboard.data_files import DataFiles
+from attnbench.dashboard.gate_page import gate_context
+from attnbench.dashboard.level_changes import level_changes
 from attnbench.dashboard.overview import overview_context
 from attnbench.dashboard.pages import PAGE_TITLES, Pages, write_text_atomically
 from attnbench.dashboard.script import to_json
 from attnbench.dashboard.series_files import chunks_of, newer_files, older_files
+from attnbench.dashboard.support_data import support_data
+from attnbench.dashboard.watch import Watch
 from attnbench.errors import DataError, InfrastructureError
 from attnbench.history.panel import Panel
 from attnbench.history.rule import VerdictSettings
@@ -32,10 +37,28 @@ if TYPE_CHECKING:
 UPGRADE_FILE = "upgrade.html"
 """The page that `attnbench upgrade --html` may have left in the folder; it gets a link."""
 
-_DATA = ("index", "runs", "series", "values", "backends", "choices", "traffic", "matrix", "run")
-_SCRIPTS = {"choices": ("choices.js", "choices-regret.js", "choices-advice.js")}
+_DATA = (
+    "index",
+    "runs",
+    "series",
+    "values",
+    "backends",
+    "choices",
+    "traffic",
+    "matrix",
+    "run",
+    "compare",
+    "times",
+    "support",
+    "gate",
+    "asv",
+)
+_SCRIPTS = {
+    "choices": ("choices.js", "choices-regret.js", "choices-advice.js"),
+    "compare": ("compare.js", "compare-math.js"),
+}
 """Scripts of a page that has more than the one of its name."""
-_ASSETS = ("common.js", "charts.js", "style.css")
+_ASSETS = ("common.js", "charts.js", "tables.js", "stacks.js", "asv-link.js", "style.css")
 
 
 def render(
@@ -52,6 +75,7 @@ def render(
     published: Collection[str] = (),
     choices: Mapping[str, Any] | None = None,
     answers: Answers | None = None,
+    watch: Watch | None = None,
 ) -> Path:
     """Write the pages of `history` into `out` and give the path of index.html.
 
@@ -60,11 +84,13 @@ def render(
     selection matrix (`attnbench matrix --format json`); `summary` is Markdown that is left beside
     index.html as summary.md; `ceilings` is `ResultsFolder.ceilings()`; `choices` is who wins where
     and the default's regret (`attnbench.choose.maps`), `answers` what was saved of `itl` and
-    `choose`: where there is nothing of these, their pages are not written. Files of an earlier
-    rendering are replaced; those of older values and of runs only where they would differ.
+    `choose`, `watch` what is known beside the verdicts, with the gate's own record: where there is
+    nothing of these, their pages are not written. Files of an earlier rendering are replaced; those
+    of older values and of runs only where they would differ.
     Raises InfrastructureError on a full disk, DataError if `out` cannot be written.
     """
-    optional = _optional(choices or {}, answers or Answers())
+    watch = watch or Watch()
+    optional = _optional(choices or {}, answers or Answers(), watch)
     pages = _with_content(pages or Pages(), optional)
     settings = settings or VerdictSettings()
     panel = history if isinstance(history, Panel) else Panel.of_table(history, published)
@@ -79,6 +105,7 @@ def render(
             settings,
             ceilings or {},
             optional,
+            watch,
         )
         if summary is not None:
             write_text_atomically(out / "summary.md", summary)
@@ -105,19 +132,27 @@ def _write(
     settings: VerdictSettings,
     ceilings: Mapping[str, Ceilings],
     optional: Mapping[str, Mapping[str, Any]],
+    watch: Watch,
 ) -> Path:
     run_index = {run.run_id: number for number, run in enumerate(runs)}
     published = {run.run_id for run, theirs in zip(runs, panel.is_published, strict=True) if theirs}
+    first_shown = max(0, len(runs) - pages.runs)
     verdicts = data.verdicts_of(panel, judgement, settings)
     newest = data.newest_values(panel, verdicts)
     scripts: dict[str, Any] = {
         "index": data.index_data(panel, verdicts, newest, pages.title),
-        "runs": data.runs_data(runs, pages.runs, published),
+        "runs": data.runs_data(runs, pages.runs, published, watch.clocks),
     }
+    if pages.shows("series"):
+        scripts["asv"] = None  # asv's plug-in writes it where it puts these pages beside asv's
     if pages.shows("backends"):
         scripts["backends"] = data.backends_data(panel, newest, run_index, ceilings)
     if pages.shows("matrix"):
         scripts["matrix"] = [dict(row) for row in matrix or ()]
+    if pages.shows("compare"):
+        scripts["compare"] = compare_data(panel, settings, first_shown)
+    if pages.shows("support"):
+        scripts["support"] = support_data(panel, settings.metrics)
     scripts |= {name: value for name, value in optional.items() if pages.shows(name)}
     _remove_left_over(out, pages)
     with DataFiles(out / "data", _DATA) as files:
@@ -129,14 +164,19 @@ def _write(
             stale = [c for c in split if not files.keep(f"values-{c.name}", c.stamp)]
             for name, text in older_files(stale):
                 files.write(name, text)
-            heads = data.series_heads(panel, verdicts, run_index)
+            changes = level_changes(panel, out / "data")
+            heads = data.series_heads(panel, verdicts, run_index, changes)
             for name, text in newer_files(chunks, heads):
                 files.write(name, text)
         if pages.shows("conditions"):
-            for number in range(max(0, len(runs) - pages.runs), len(runs)):
+            for number in range(first_shown, len(runs)):
                 if not files.keep(f"run-{number}", panel.stamp(number)):
                     rows = panel.rows(number, data.CONDITION_COLUMNS)
                     files.write(f"run-{number}", data.conditions_text(rows))
+        if pages.shows("compare"):
+            for number in range(first_shown, len(runs)):
+                if not files.keep(f"times-{number}", times_stamp(panel, number)):
+                    files.write(f"times-{number}", times_text(panel, number))
     _write_assets(out / "assets", pages)
     environment = jinja_environment()
     context = {
@@ -144,20 +184,25 @@ def _write(
         "nav": [(_file_of(p), p, PAGE_TITLES[p]) for p in pages.pages]
         + [(file, "upgrade", "Upgrade") for file in (UPGRADE_FILE,) if (out / file).is_file()],
         "has_matrix": matrix is not None,
-        **overview_context(judgement, runs, run_index, published),
+        **overview_context(judgement, panel, runs, run_index, published, watch),
     }
+    if pages.shows("gate") and watch.record:
+        context["gate"] = gate_context(watch.record, panel, runs)
     for page in pages.pages:
         html = environment.get_template(f"{page}.html.j2").render(page=page, **context)
         (out / _file_of(page)).write_text(html, encoding="utf-8")
     return out / "index.html"
 
 
-def _optional(choices: Mapping[str, Any], answers: Answers) -> dict[str, dict[str, Any]]:
+def _optional(
+    choices: Mapping[str, Any], answers: Answers, watch: Watch
+) -> dict[str, dict[str, Any]]:
     """Data of the pages that are there only where there is something to show."""
     shown = {name: list(choices.get(name, ())) for name in ("maps", "regret")}
     return {
         "choices": {**shown, "advice": list(answers.advice)},
         "traffic": {"answers": list(answers.traffic)},
+        "gate": dict(watch.record or {}),
     }
 
 
@@ -168,7 +213,7 @@ def _with_content(pages: Pages, optional: Mapping[str, Mapping[str, Any]]) -> Pa
 
 def _remove_left_over(out: Path, pages: Pages) -> None:
     """A page of an earlier rendering that has nothing to show any more."""
-    for page in ("choices", "traffic"):
+    for page in ("choices", "traffic", "gate"):
         if not pages.shows(page) and (out / "data" / f"{page}.js").is_file():
             (out / _file_of(page)).unlink(missing_ok=True)
 

@@ -106,6 +106,7 @@ def trace_rows(folder: Path) -> list[list[Measurement]]:
             level = 4e-6 + 2e-9 * tokens * (1 + 0.5 * number) + 1e-9 * math.sqrt(new) * new
             each = [level * (1 + 0.02 * i) for i in range(3)]
             found.append(timed(who, each, one.text, RUNS, **on_stack(STACKS[1])))
+    found.append(ended(FLEX, "CRASH", one.text, RUNS, **on_stack(STACKS[1])))
     return found
 
 

@@ -254,6 +254,11 @@ class TestTraffic:
         )
         loads = export(page, "#export-loads")
         assert [float(row["load"]) for row in loads] == [0.5, 1, 2, 4] * 4
+        lacking = export(page, "#export-not-measured")
+        assert [(row["backend"], row["why"]) for row in lacking] == [
+            (one["backend"], one["reason"]) for one in saved["not_measured"]
+        ]
+        assert len(lacking) == 1
 
 
 class TestChoices:
@@ -338,6 +343,14 @@ class TestChoices:
         regret = export(page, "#export-regret")
         assert sorted(float(row["ratio"]) for row in regret) == sorted(b["ratio"] for b in batches)
         assert len(export(page, "#export-advice")) == 2
+        page.locator("[data-cell='1x1024']").click()
+        refused = export(page, "#export-excluded")
+        assert [(int(row["requests"]), row["backend"], row["why"]) for row in refused] == [
+            (cell["requests"], one["backend"], one["why"])
+            for cell in decode["cells"]
+            for one in cell["excluded"]
+        ]
+        assert any(HOSTILE in row["why"] for row in refused)
 
     def test_strange_addresses_do_nothing(self, reader: Reader) -> None:
         page = reader.open("choices.html#where=x&slice=y&cell=z&batch=q&axis=constructor&%ff")

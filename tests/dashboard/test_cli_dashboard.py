@@ -9,8 +9,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from attnbench.cli import page_values
 from attnbench.cli.dashboard import dashboard
 from attnbench.errors import DataError
+from attnbench.history.panel import Panel
+from attnbench.store import ResultsFolder
 from tests.history.fake import fill, row
 
 
@@ -27,3 +30,22 @@ def test_dashboard_writes_the_pages_and_says_where(tmp_path: Path) -> None:
     assert "05c0ffe" in (tmp_path / "site" / "index.html").read_text()
     with pytest.raises(DataError, match="not stored; newest"):
         CliRunner().invoke(app, [*words, "--run", "nothing"], catch_exceptions=False)
+
+
+def test_the_gates_record_is_kept_where_counting_it_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path)
+    folder = ResultsFolder(tmp_path)
+    panel = Panel.of(folder)
+    record = page_values.watch_of(folder, panel).record
+    assert record is not None
+    assert record["as_of"] == panel.runs[-1].run_id
+    kept = tmp_path / "gate.json"
+    kept.write_text(json.dumps({**record, "marked": True}))
+    monkeypatch.setattr(page_values, "_SMALL", 0)
+    assert "marked" in (page_values.watch_of(folder, panel).record or {})
+    for text in ("{", "[]", json.dumps({**record, "as_of": panel.runs[2].run_id, "marked": True})):
+        kept.write_text(text)
+        assert page_values.watch_of(folder, panel).record == record
+    assert folder.check().is_ok

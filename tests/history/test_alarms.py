@@ -10,6 +10,7 @@ import pytest
 
 from attnbench.errors import ExitCode
 from attnbench.history.acknowledge import Acknowledgement, AlarmKind
+from attnbench.history.alarm_lines import alarm_lines
 from attnbench.history.alarms import Alarms, alarms_of
 from attnbench.history.panel import Panel
 from attnbench.history.summary import summary_markdown, summary_text
@@ -78,6 +79,22 @@ def test_an_accepted_slow_down_is_shown_and_does_not_fail_the_night() -> None:
         assert part in line
     assert "slower" not in text
     assert "<img" not in summary_markdown(judgement)
+
+
+def test_what_one_entry_is_about_is_one_line() -> None:
+    rows = [
+        one
+        for n in range(1, 6)
+        for one in slower(1.2 + n / 100, backend=f"B{n}", point_id=f"{n:016x}")
+    ]
+    about_all = replace(entry(up_to=1.4), patterns={"workload": "*"})
+    lines = alarm_lines(night(rows, about_all)[1], 3)
+    (line,) = lines
+    assert line[1].startswith(f"B5 {TEXT} +25.0 % and 4 more   known since ")
+    lines = alarm_lines(night(rows, replace(about_all, up_to=1.225))[1], 3)
+    assert [label for label, _, _ in lines] == ["refused", "known"]
+    assert " and 2 more   +25.0 %, and +22.5 % was accepted" in lines[0][1]
+    assert f"B2 {TEXT} +22.0 % and 1 more   known" in lines[1][1]
 
 
 def test_worse_than_accepted_alarms() -> None:

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from attnbench.cli import history as verbs
 from attnbench.dashboard.overview import overview_context
+from attnbench.dashboard.watch import Watch
 from attnbench.errors import ExitCode
+from attnbench.history.panel import Panel
 from attnbench.history.rule import Reason, Verdict
-from attnbench.history.runs import runs_of
 from attnbench.history.series import series_of
 from attnbench.history.verdict import judge
 from attnbench.store import ResultsFolder, RunHeader
@@ -79,8 +80,9 @@ def test_the_newest_own_run_is_judged_and_shown_as_the_latest() -> None:
 
 def test_the_overview_of_a_first_run_says_so_in_whole_sentences() -> None:
     table = table_of(timed([1e-3]))
-    runs = runs_of(table)
-    context = overview_context(judge(table), runs, {runs[0].run_id: 0})
+    panel = Panel.of_table(table, ())
+    runs, index = panel.runs, {panel.runs[0].run_id: 0}
+    context = overview_context(judge(panel), panel, runs, index, (), Watch())
     assert context["sentence"] == "The next run is judged by this one."
     assert context["counts"] == "Nothing to compare with yet"
 

@@ -194,10 +194,10 @@ def followed(before: int, nights: int, builds: int, replicates: int = 2) -> list
             seconds = night * step * float(np.exp(random.normal(0, 0.001)))
             rows.append(row(run, number, seconds=seconds, timer="event"))
         for number in range(10 if run >= before else 0):
-            seconds = [night * float(np.exp(random.normal(0, 0.001))) for _ in range(2)]
-            rows.append(row(run, 100 + number, seconds=seconds[0] * step, timer="event"))
+            new, old = (night * float(np.exp(random.normal(0, 0.001))) for _ in range(2))
+            rows.append(row(run, 100 + number, seconds=new * step, timer="event"))
             if builds == 2:
-                rows.append(row(run, 200 + number, seconds=seconds[1], timer="event", commit="old"))
+                rows.append(row(run, 200 + number, seconds=old, timer="event", commit="old"))
     return rows
 
 

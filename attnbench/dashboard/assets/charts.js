@@ -42,7 +42,7 @@ function draw(id, make) {
     return;
   }
   node.classList.remove("waiting");
-  const { traces, layout, onClick } = make();
+  const { traces, layout, onClick, onZoom } = make();
   const full = {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
@@ -58,6 +58,14 @@ function draw(id, make) {
   window.Plotly.react(node, traces, full, options).then(() => {
     node.removeAllListeners("plotly_click");
     if (onClick) node.on("plotly_click", (event) => onClick(event.points[0]));
+    node.removeAllListeners("plotly_relayout");
+    if (onZoom) {
+      node.on("plotly_relayout", (event) => {
+        if (event["xaxis.autorange"]) onZoom(null);
+        else if ("xaxis.range[0]" in event) onZoom([event["xaxis.range[0]"], event["xaxis.range[1]"]]);
+        else if ("xaxis.range" in event) onZoom(event["xaxis.range"]);
+      });
+    }
     node.dataset.drawn = String(Number(node.dataset.drawn || 0) + 1);
   });
 }

@@ -110,7 +110,7 @@ function cellView(map) {
   const head = el("thead", {}, el("tr", {}, el("th", {}, "Backend"), el("th", { class: "number" }, "Time of a layer"), el("th", { class: "number" }, "Over the winner"), el("th", {}, "Standing")));
   $("cell-body").replaceChildren(
     el("div", { class: "scroll" }, el("table", {}, head, el("tbody", {}, ...rows))),
-    ...(cell.excluded.length ? [el("p", {}, "Not chosen from:"), el("ul", {}, ...cell.excluded.map((one) => el("li", {}, `${one.backend}: ${one.why}`)))] : []));
+    ...(cell.excluded.length ? [el("p", {}, "Not chosen from: ", el("button", { id: "export-excluded", type: "button", onclick: exportExcluded }, "Export CSV of all cells")), el("ul", {}, ...cell.excluded.map((one) => el("li", {}, `${one.backend}: ${one.why}`)))] : []));
 }
 
 function exportMap() {
@@ -118,6 +118,11 @@ function exportMap() {
   const head = ["device", "how", "layer", "phase", "requests", "sequence_tokens", "workload", "verdict", "winner", "backend", "seconds", "standing", "over_winner", "low", "high"];
   saveCsv("winners.csv", head, map.cells.flatMap((cell) => cell.lines.map((line) =>
     [map.device, map.how, map.layer, map.phase, cell.requests, cell.tokens, line.workload, cell.verdict, cell.winner, line.backend, line.seconds, line.standing, line.ratio, line.low, line.high])));
+}
+function exportExcluded() {
+  const map = currentMap();
+  saveCsv("not-chosen-from.csv", ["device", "how", "layer", "phase", "requests", "sequence_tokens", "workload", "backend", "why"],
+    map.cells.flatMap((cell) => cell.excluded.map((one) => [map.device, map.how, map.layer, map.phase, cell.requests, cell.tokens, cell.workload, one.backend, one.why])));
 }
 function exportCrossovers() {
   const map = currentMap();

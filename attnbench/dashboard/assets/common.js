@@ -159,10 +159,11 @@ function saveCsv(name, header, rows) {
 // `#a1b2&x=stack` and `#run=3` as an object; the part without `=` is `id`.
 function readHash() {
   const parts = {};
-  for (const part of decodeURIComponent(location.hash.slice(1)).split("&")) {
+  const text = (part) => { try { return decodeURIComponent(part); } catch (error) { return part; } };
+  for (const part of location.hash.slice(1).split("&")) {
     const at = part.indexOf("=");
-    if (at < 0) parts.id = part;
-    else parts[part.slice(0, at)] = part.slice(at + 1);
+    if (at < 0) parts.id = text(part);
+    else parts[text(part.slice(0, at))] = text(part.slice(at + 1));
   }
   return parts;
 }

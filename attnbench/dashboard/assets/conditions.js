@@ -62,18 +62,77 @@ function noise() {
   };
 }
 
+// Lowest, median and highest of every condition, and the point where it was highest.
+function extremes() {
+  $("extremes").tBodies[0].replaceChildren(...conditionKeys().map((key) => {
+    const { name, scale, unit } = conditionInfo(key);
+    const seen = [details.before, details.after].flatMap((side) => side.map((values, i) => [values[key], i]).filter(([value]) => typeof value === "number"));
+    seen.sort((a, b) => a[0] - b[0]);
+    const [lowest, highest] = [seen[0], seen[seen.length - 1]];
+    const text = (value) => `${number(value)} ${unit}`.trim();
+    return el("tr", {}, el("td", {}, name), el("td", { class: "number", "data-label": "lowest" }, text(lowest[0] * scale)), el("td", { class: "number", "data-label": "median" }, text(median(seen.map(([value]) => value * scale)))),
+      el("td", { class: "number", "data-label": "highest" }, text(highest[0] * scale)), el("td", { class: "quiet" }, `${details.backend[highest[1]]} ${details.workload[highest[1]]}`));
+  }));
+}
+
+const rowState = { sort: "noise", down: true, q: "", stopped: "" };
+let rowsShown = UNTIMED_SHOWN;
+const noiseText = (i) => (details.noise[i] === null ? "" : `${(details.noise[i] * 100).toFixed(2)} %`);
+const COLUMNS = [
+  { name: "backend", label: "Backend", value: (i) => details.backend[i] },
+  { name: "workload", label: "Workload", value: (i) => details.workload[i] },
+  { name: "metric", label: "Metric", kind: "wide", value: (i) => details.metric[i] },
+  { name: "replicate", label: "Replicate", kind: "number", value: (i) => details.replicate[i] },
+  { name: "status", label: "Status", value: (i) => details.status[i] },
+  { name: "median_s", label: "Median", kind: "number", value: (i) => details.median_s[i], text: (i) => timeText(details.median_s[i]) },
+  { name: "noise", label: "Noise", kind: "number", value: (i) => details.noise[i], text: noiseText },
+  { name: "samples", label: "Samples", kind: "number", value: (i) => details.samples[i] },
+  { name: "stop_reason", label: "Stopped", value: (i) => details.stop_reason[i] },
+  { name: "discarded", label: "Discarded", kind: "number", value: (i) => details.discarded[i] },
+  { name: "throttle_reasons", label: "Throttled", value: (i) => details.throttle_reasons[i].join(", ") },
+];
+
+function matchingRows() {
+  const words = rowState.q.toLowerCase().split(/\s+/).filter(Boolean);
+  const found = details.status.map((_, i) => i).filter((i) => {
+    if (rowState.stopped && details.stop_reason[i] !== rowState.stopped) return false;
+    if (!words.length) return true;
+    const line = COLUMNS.map((column) => column.value(i)).join(" ").toLowerCase();
+    return words.every((word) => line.includes(word));
+  });
+  return sorted(found, COLUMNS.find((column) => column.name === rowState.sort), rowState.down);
+}
+
+function rowTable() {
+  const found = matchingRows();
+  $("num-rows").textContent = found.length === details.status.length ? String(found.length) : `${found.length} of ${details.status.length}`;
+  sortableHead($("rows"), COLUMNS, rowState, (name) => { rowState.down = rowState.sort === name ? !rowState.down : true; rowState.sort = name; rowTable(); });
+  $("rows").tBodies[0].replaceChildren(...found.slice(0, rowsShown).map((i) => el("tr", {}, ...COLUMNS.map(({ label, kind, value, text }) =>
+    el("td", { class: kind || null, "data-label": kind === "number" ? label.toLowerCase() : null }, text ? text(i) : value(i))))));
+  $("more-rows").replaceChildren();
+  if (found.length > rowsShown) $("more-rows").append(el("button", { type: "button", onclick: () => { rowsShown = Infinity; rowTable(); } }, `Show all ${found.length}`));
+  else if (!found.length) $("more-rows").append("No row matches; take a word away.");
+}
+
+function exportRows() {
+  const keys = conditionKeys();
+  saveCsv(`rows-${runs[current].id}.csv`, [...COLUMNS.map((column) => column.name), "started_at", "timer", "l2_state", "execution", "reasons", ...keys.map((key) => `before_${key}`), ...keys.map((key) => `after_${key}`)],
+    matchingRows().map((i) => [...COLUMNS.map((column) => column.value(i)), details.started_at[i], details.timer[i], details.l2_state[i], details.execution[i], details.reasons[i].join("; "),
+      ...keys.map((key) => details.before[i][key]), ...keys.map((key) => details.after[i][key])]));
+}
+
 function tables() {
-  const timed = details.noise.map((_, i) => i).filter((i) => details.noise[i] !== null);
-  timed.sort((a, b) => details.noise[b] - details.noise[a]);
   const cell = (text, kind) => el("td", kind ? { class: kind } : {}, text);
-  $("noisiest").tBodies[0].replaceChildren(...timed.slice(0, 15).map((i) => el("tr", {},
-    cell(details.backend[i]), cell(details.workload[i]), cell(details.metric[i]), cell(details.replicate[i], "number"),
-    cell(`${(details.noise[i] * 100).toFixed(2)} %`, "number"), cell(details.samples[i], "number"), cell(details.stop_reason[i]), cell(details.discarded[i], "number"))));
+  extremes();
+  rowsShown = UNTIMED_SHOWN;
+  fillSelect($("stopped"), [["", "all"], ...unique(details.stop_reason).filter(Boolean).sort().map((reason) => [reason, reason])], "");
+  rowState.stopped = "";
+  rowTable();
   const untimed = details.status.map((_, i) => i).filter((i) => !isTimed(details.status[i]));
   $("failures").hidden = !untimed.length;
   $("untimed").tBodies[0].replaceChildren(...untimed.slice(0, UNTIMED_SHOWN).map((i) => el("tr", {},
     cell(details.backend[i]), cell(details.workload[i]), cell(details.replicate[i], "number"), cell(details.status[i]), cell(details.reasons[i].join("; ")))));
-  $("untimed-more").textContent = untimed.length > UNTIMED_SHOWN ? `and ${untimed.length - UNTIMED_SHOWN} more: attnbench results query` : "";
+  $("untimed-more").textContent = untimed.length > UNTIMED_SHOWN ? `and ${untimed.length - UNTIMED_SHOWN} more in the rows above` : "";
 }
 
 function header(run) {
@@ -82,7 +141,7 @@ function header(run) {
   facts("machine", [
     ["device", run.device_name], ["class", run.device], ["kind", run.facts.device_kind], ["UUID", run.facts.device_uuid],
     ["capability", run.facts.compute_capability], ["driver", run.driver], ["CUDA", run.facts.cuda_version],
-    ["host", run.facts.hostname], ["container", run.facts.container_digest],
+    ["clocks", run.facts.clocks], ["host", run.facts.hostname], ["container", run.facts.container_digest],
     ["published", run.published ? "host and UUID are hashes" : ""],
   ]);
   facts("stack", [["stack", run.stack.slice(0, 16)], ...(stacks[run.stack] || []).map((entry) => entry.split("==")), ["attnbench", run.facts.harness_version]]);
@@ -133,6 +192,9 @@ async function route() {
 
 fillSelect($("run"), runs.map((run, i) => [String(i), `${dateText(run.at)} · ${run.device}${run.published ? ", published" : ""} · ${shortCommit(run.commit) || "no commit"} ${run.subject}`.slice(0, 110)]).reverse(), String(current));
 $("run").addEventListener("input", (event) => { location.hash = `run=${event.target.value}`; });
+$("search").addEventListener("input", (event) => { rowState.q = event.target.value; rowsShown = UNTIMED_SHOWN; rowTable(); });
+$("stopped").addEventListener("input", (event) => { rowState.stopped = event.target.value; rowsShown = UNTIMED_SHOWN; rowTable(); });
+$("export-rows").addEventListener("click", exportRows);
 $("condition").addEventListener("input", () => draw("during", during));
 window.addEventListener("hashchange", route);
 if (runs.length) route();

@@ -20,6 +20,8 @@ function matching() {
 
 function list() {
   const found = matching();
+  const kept = { q: $("search").value, verdict: $("filter-verdict").value, metric: $("filter-metric").value === usualMetric ? "" : $("filter-metric").value || "all" };
+  if (Object.values(kept).some(Boolean) || readHash().q || readHash().verdict || readHash().metric) writeHash(kept);
   $("series-count").textContent = found.length === rows.length ? `${rows.length}` : `${found.length} of ${rows.length}`;
   $("series-table").tBodies[0].replaceChildren(...found.slice(0, shown).map((row) => el("tr", {},
     el("td", {}, seriesLink(row.id, row.backend)),
@@ -91,9 +93,20 @@ function changes() {
 
 fillSelect($("filter-verdict"), [["", "all"], ...unique(rows.map((row) => row.verdict)).filter(Boolean).sort().map((v) => [v, v])], "");
 const metrics = unique(rows.map((row) => row.metric)).sort();
-fillSelect($("filter-metric"), [["", "all"], ...metrics.map((m) => [m, m])], metrics.includes("attention") ? "attention" : "");
+const usualMetric = metrics.includes("attention") ? "attention" : "";
+fillSelect($("filter-metric"), [["", "all"], ...metrics.map((m) => [m, m])], usualMetric);
+const asked = readHash();
+$("search").value = asked.q || "";
+$("filter-verdict").value = asked.verdict || "";
+if (asked.metric) $("filter-metric").value = asked.metric === "all" ? "" : asked.metric;
 for (const id of ["search", "filter-verdict", "filter-metric"]) {
   $(id).addEventListener("input", () => { shown = SHOWN; list(); });
 }
 list();
 draw("changes", changes);
+
+function exportCsv() {
+  saveCsv("series.csv", ["series", "backend", "workload", "shape", "dtype", "phase", "metric", "device", "how", "status", "latest_s", "ratio", "verdict", "runs"],
+    matching().map((row) => [row.id, row.backend, row.workload, row.shape, row.dtype, row.phase, row.metric, row.device, row.how, row.status, row.latest_s, row.ratio, row.verdict, row.runs]));
+}
+$("series-export").addEventListener("click", exportCsv);

@@ -130,6 +130,10 @@ function exportLoads() {
   saveCsv(`${state.answer.name}-loads.csv`, ["backend", ...LOAD_COLUMNS], loadRows().map(([one, load]) => [one.backend, ...LOAD_COLUMNS.map((name) => load[name])]));
 }
 
+function exportNotMeasured() {
+  saveCsv(`${state.answer.name}-without-an-answer.csv`, ["answer", "backend", "why"], state.answer.not_measured.map((one) => [state.answer.name, one.backend, one.reason]));
+}
+
 function about() {
   const { answer } = state;
   $("made-up").hidden = !answer.made_up;
@@ -183,5 +187,6 @@ $("answer").addEventListener("input", () => { state.answer = answers.find((one) 
 $("export-numbers").addEventListener("click", exportNumbers);
 $("export-curves").addEventListener("click", exportCurves);
 $("export-loads").addEventListener("click", exportLoads);
+$("export-not-measured").addEventListener("click", exportNotMeasured);
 window.addEventListener("hashchange", follow);
 follow();
