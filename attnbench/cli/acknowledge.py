@@ -12,7 +12,8 @@ from attnbench.errors import DataError, ExitCode, UsageError
 
 if TYPE_CHECKING:
     from attnbench.history.acknowledge import Acknowledgement
-    from attnbench.history.alarms import Alarm
+    from attnbench.history.alarms import Alarm, Alarms
+    from attnbench.history.panel import Panel
 
 
 def acknowledge(
@@ -36,7 +37,7 @@ def acknowledge(
         ),
     ] = None,
     by: Annotated[str, typer.Option(help="Who accepts it. Default: git's user.name.")] = "",
-    run: Annotated[str, typer.Option(help="Run whose alarms are meant. Default: newest.")] = "",
+    run: Annotated[str, typer.Option(help="Run whose alarms are meant. Default: the newest.")] = "",
     only_print: Annotated[
         bool, typer.Option("--print", help="Print the entry and write nothing.")
     ] = False,
@@ -66,12 +67,10 @@ def acknowledge(
     known = load_acknowledgements(settings.acknowledgements)
     folder = ResultsFolder(settings.results if results is None else results)
     panel = Panel.of(folder)
-    newest = judge(panel, run or None)
-    run_id = newest.run.run_id
+    run_id = _run_id(panel, "" if run == "last" else run)
     judgement = judge(panel, run_id, planned=_planned(folder.header(run_id).plan))
     found = alarms_of(judgement, panel, known, stale_nights=settings.stale_nights)
-    open_ = [alarm for alarm in found.alarms if alarm.entry is None]
-    chosen = _matching(series, kind, open_, run_id)
+    chosen = _matching(series, kind, found, run_id)
     entry = _entry(series, chosen, up_to, reason, by or _user_name(), last_day)
     # As it will be read: what the file may not say is refused here too.
     parse_acknowledgements(entry_text(entry).encode("utf-8"), "the entry")
@@ -86,10 +85,21 @@ def acknowledge(
     )
 
 
-def _matching(series: str, kind: str, alarms: list[Alarm], run_id: str) -> list[Alarm]:
-    """Raises UsageError, DataError naming what there is."""
+def _run_id(panel: Panel, run: str) -> str:
+    """Raises DataError for a run that is not stored."""
+    from attnbench.history.runs import find_run, newest_run
+
+    if run:
+        return find_run(panel.runs, run).run_id
+    own = [one for one, theirs in zip(panel.runs, panel.is_published, strict=True) if not theirs]
+    return newest_run(own or panel.runs).run_id
+
+
+def _matching(series: str, kind: str, found: Alarms, run_id: str) -> list[Alarm]:
+    """The open alarms that are meant. Raises UsageError, DataError naming what there is."""
     from attnbench.history.acknowledge import matches_series
 
+    alarms = [alarm for alarm in found.alarms if alarm.entry is None]
     chosen = [
         alarm
         for alarm in alarms
@@ -98,6 +108,11 @@ def _matching(series: str, kind: str, alarms: list[Alarm], run_id: str) -> list[
     if not chosen:
         listed = "; ".join(f"{a.fields['series'] or a.fields['point']} {a.title}" for a in alarms)
         there = f"open alarms: {_short(listed)}" if alarms else "it has no open alarm"
+        if accepted := [a for a in found.known if matches_series(series, a.fields)]:
+            entry = accepted[0].entry
+            assert entry is not None
+            there += f"; {len(accepted)} it matches are accepted already, until {entry.expires} "
+            there += f"({entry.place}): to change that, edit or remove the entry"
         wanted = f" of kind {kind}" if kind else ""
         raise DataError(f"{series!r} matches no open alarm{wanted} of run {run_id}; {there}")
     # What is only undecided is accepted along with the rest, but does not say how much.

@@ -47,8 +47,8 @@ def gate(
     found = record["false_alarms"]
     if not found["nights"]:
         note(
-            "no run is of the same commit and packages as the run before it, so false alarms are "
-            "not known yet: run attnbench nightly twice without a change"
+            "no run is of the same clean commit and packages as the run before it, so false alarms "
+            "are not known yet: run attnbench nightly twice without a change"
         )
     if not record["power"]["by_timer"]:
         note("nothing to replay: a step is followed for three nights after three others")

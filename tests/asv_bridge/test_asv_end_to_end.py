@@ -82,6 +82,8 @@ def project(tmp_path: Path) -> Project:
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, folder / name)
     (folder / "suites").mkdir()
+    (folder / "dashboards").mkdir()
+    shutil.copy(ROOT / "dashboards" / "default.toml", folder / "dashboards" / "default.toml")
     (folder / "suites" / "__init__.py").touch()
     ours = (ROOT / "suites" / "decode.py").read_text()
     start, end = ours.index("SUITE = "), ours.index("def setup_cache")

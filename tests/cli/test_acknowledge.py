@@ -68,8 +68,17 @@ def test_an_alarm_is_accepted_and_then_known(results: Path, project: Path) -> No
     assert known.ratio is not None
     assert known.ratio < entry.up_to < known.ratio * 1.06
     assert "covers 1 alarm(s)" in outcome.stderr
-    with pytest.raises(DataError, match="matches no open alarm"):
+    with pytest.raises(DataError, match="matches no open alarm") as refused:
         accept(results, SLOW)
+    told = f"1 it matches are accepted already, until {SOON} (acknowledged.toml, line 1)"
+    assert told in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["last", row(11).run_id])
+def test_a_run_is_named_by_its_id_or_as_the_last(results: Path, project: Path, name: str) -> None:
+    assert "covers 1 alarm(s)" in accept(results, SLOW, "--run", name).stderr
+    with pytest.raises(DataError, match="run 'none' is not stored"):
+        accept(results, SLOW, "--run", "none")
 
 
 def test_by_the_id_of_a_series_and_only_printed(results: Path, project: Path) -> None:
