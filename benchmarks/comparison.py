@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from attnbench.history.best import best_backends
 from attnbench.history.best_page import comparison_page
 from attnbench.history.runs import runs_of
-from attnbench.history.series import series_of
+from attnbench.history.series_rows import series_of
 from attnbench.history.verdict import NEEDED_COLUMNS
 from attnbench.store import ResultsFolder
 

@@ -9,7 +9,7 @@ from attnbench.choose.advice import EXCLUDED, PHASES, Advice
 from attnbench.choose.flags import Realised, quoted
 from attnbench.choose.rank import Line, Outcome, Ranking, Standing
 from attnbench.history.rule import Estimate
-from attnbench.history.summary import interval_text
+from attnbench.history.wording import interval_text
 from attnbench.store.record import Status
 from attnbench.upgrade.cost_report import brace
 from attnbench.workload import Workload

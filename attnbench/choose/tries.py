@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from attnbench.errors import ResultsFolderError
 from attnbench.history.grouping import encoded
-from attnbench.history.series import sample_arrays
+from attnbench.history.series_rows import sample_arrays
 from attnbench.store import ResultsFolder
 from attnbench.store.record import Metric, Status
 from attnbench.upgrade.stored import PHYSICAL

@@ -111,7 +111,7 @@ def history(
 ) -> None:
     """List every series with the verdict on its newest run, its levels, or the best backends."""
     from attnbench.history.best import BEST_COLUMNS, best_backends, best_row
-    from attnbench.history.night import judge_panel
+    from attnbench.history.night import judge_newest
     from attnbench.history.panel import Panel
     from attnbench.history.rule import VerdictSettings
     from attnbench.history.series import Axis
@@ -134,7 +134,7 @@ def history(
         known = ", ".join(sorted({panel.outline(i).identity["backend"] for i in every})) or "none"
         note(f"no series of {len(every)} match; backends stored: {known}")
     if by == "series":
-        verdicts = judge_panel(panel, chosen, panel.newest[chosen], settings)
+        verdicts = judge_newest(panel, chosen, settings)
         emit([verdict_row(v) for v in verdicts], format, HISTORY_COLUMNS)
     elif by == "backend":
         bests = best_backends(panel.all_series(chosen))
@@ -178,7 +178,7 @@ def _identity(series: Series) -> dict[str, Any]:
 
 
 def _change(found: Any) -> dict[str, str]:
-    from attnbench.history.summary import interval_text, percent
+    from attnbench.history.wording import interval_text, percent
 
     if found is None:
         return {"change": "", "interval": ""}
@@ -202,7 +202,7 @@ def _compared_row(row: ComparedSeries) -> dict[str, Any]:
 
 def verdict_row(verdict: SeriesVerdict) -> dict[str, Any]:
     """A verdict as a line of `HISTORY_COLUMNS`."""
-    from attnbench.history.summary import level_text
+    from attnbench.history.wording import level_text
 
     return {
         "verdict": str(verdict.verdict),
@@ -225,7 +225,7 @@ _LEVEL_VALUES = {
 
 def _level_rows(series: Series, axis: Axis, runs: Mapping[str, RunSummary]) -> list[dict[str, Any]]:
     from attnbench.history.runs import environment_change
-    from attnbench.history.summary import percent
+    from attnbench.history.wording import percent
 
     rows = []
     before: float | None = None

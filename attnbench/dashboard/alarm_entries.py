@@ -19,7 +19,8 @@ from attnbench.history.rule import Reason, Verdict
 from attnbench.history.runs import RunSummary
 from attnbench.history.series import GRAVITY, RunValue, Series
 from attnbench.history.series_verdict import SeriesVerdict
-from attnbench.history.summary import (
+from attnbench.history.verdict import Judgement
+from attnbench.history.wording import (
     interval_text,
     level_text,
     percent,
@@ -27,7 +28,6 @@ from attnbench.history.summary import (
     repro_command,
     status_reasons,
 )
-from attnbench.history.verdict import Judgement
 
 #: Members of a group that are named; all series are in the searchable list.
 _NAMED = 40

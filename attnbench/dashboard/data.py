@@ -12,16 +12,17 @@ from attnbench.dashboard.json_text import column_text
 from attnbench.dashboard.series_files import chunk_digits
 from attnbench.history.attribution import environment_between
 from attnbench.history.derived import QUANTITIES
-from attnbench.history.night import judge_panel
+from attnbench.history.night import judge_newest
 from attnbench.history.panel import Panel
 from attnbench.history.roofline import roofline
 from attnbench.history.rule import VerdictSettings
 from attnbench.history.runs import RunSummary
-from attnbench.history.series import RunValue, Series, sample_arrays
+from attnbench.history.series import RunValue, Series
+from attnbench.history.series_rows import sample_arrays
 from attnbench.history.series_verdict import SeriesVerdict
 from attnbench.history.stacks import driver_number
-from attnbench.history.summary import repro_command
 from attnbench.history.verdict import Judgement
+from attnbench.history.wording import repro_command
 from attnbench.store.ceilings import Ceilings
 
 _IDENTITY_SHOWN = (
@@ -98,7 +99,7 @@ def verdicts_of(
     judged = panel.with_metrics(settings.metrics)
     others = [index for index in judged.tolist() if panel.ids[index] not in found]
     if others:
-        rest = judge_panel(panel, others, panel.newest[others], settings)
+        rest = judge_newest(panel, others, settings)
         found.update((verdict.series.id, verdict) for verdict in rest)
     return found
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from attnbench.history.panel import NOT_PLANNED, Panel
 from attnbench.history.runs import RunSummary
-from attnbench.history.summary import short_commit
+from attnbench.history.wording import short_commit
 
 _RATES = ("picked", "confirmed", "undecided", "not_confirmed_yet")
 

@@ -24,15 +24,9 @@ from attnbench.history.panel import Panel
 from attnbench.history.rule import Reason, Verdict
 from attnbench.history.runs import RunSummary
 from attnbench.history.series_verdict import SeriesVerdict
-from attnbench.history.summary import (
-    duration_text,
-    headline,
-    interval_text,
-    short_commit,
-    undecided_advice,
-    verdict_counts,
-)
+from attnbench.history.summary import headline, undecided_advice, verdict_counts
 from attnbench.history.verdict import Judgement
+from attnbench.history.wording import duration_text, interval_text, short_commit
 
 #: Entries of one kind on the overview; every series is in the searchable list below them.
 _LISTED = 50

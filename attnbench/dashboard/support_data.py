@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from attnbench.dashboard.data import backend_name, group_of
 from attnbench.history.panel import NOT_PLANNED, Panel
 from attnbench.history.series import GRAVITY
-from attnbench.history.summary import status_reasons
+from attnbench.history.wording import status_reasons
 from attnbench.store.record import Status
 
 #: What is the same to a person who asks what works: the measured point ran and was right.

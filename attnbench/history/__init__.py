@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from attnbench.history.runs import runs_of as runs_of
     from attnbench.history.series import Axis as Axis
     from attnbench.history.series import Series as Series
-    from attnbench.history.series import series_of as series_of
+    from attnbench.history.series_rows import series_of as series_of
     from attnbench.history.series_verdict import SeriesVerdict as SeriesVerdict
     from attnbench.history.summary import summary_markdown as summary_markdown
     from attnbench.history.summary import summary_text as summary_text
@@ -41,7 +41,7 @@ _HOMES = {
     "compare": "comparison",
     "judge": "verdict",
     "runs_of": "runs",
-    "series_of": "series",
+    "series_of": "series_rows",
     "summary_markdown": "summary",
     "summary_text": "summary",
 }

@@ -289,21 +289,21 @@ def _held_against(
     alarm: Alarm, entry: Acknowledgement, panel: Panel, run: int, number: int, day: date
 ) -> tuple[Alarm, str]:
     """Why `entry`, which is about `alarm`, does not accept it; "" if it does."""
+    reasons = [] if entry.holds(day) else [f"expired on {entry.expires}"]
     if alarm.kind is AlarmKind.SLOWER:
         ratio = _anchored_ratio(alarm, panel, run, number)
         if ratio > entry.up_to:
-            worse = f"{(ratio - 1) * 100:+.1f} %, and {(entry.up_to - 1) * 100:+.1f} % was accepted"
-            return replace(alarm, ratio=ratio), worse
+            accepted = f"{(entry.up_to - 1) * 100:+.1f} % was accepted"
+            reasons.insert(0, f"{(ratio - 1) * 100:+.1f} %, and {accepted}")
         alarm = replace(alarm, ratio=ratio)
     if alarm.kind is AlarmKind.STATUS:
         assert alarm.verdict is not None
         seen = {alarm.verdict.subject.status, *alarm.verdict.subject.statuses}
         others = sorted(seen - {*entry.statuses, *_WORKS})
         if others:
-            return alarm, f"{', '.join(others)}, and {', '.join(entry.statuses)} was accepted"
-    if not entry.holds(day):
-        return alarm, f"expired on {entry.expires}"
-    return alarm, ""
+            accepted = f"{', '.join(entry.statuses)} was accepted"
+            reasons.insert(0, f"{', '.join(others)}, and {accepted}")
+    return alarm, "; ".join(reasons)
 
 
 def _anchored_ratio(alarm: Alarm, panel: Panel, run: int, number: int) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 from attnbench.history.rule import Estimate, Verdict, VerdictSettings, decide, estimate_groups
 from attnbench.history.series import RunValue, Series
-from attnbench.history.summary import interval_text
+from attnbench.history.wording import interval_text
 from attnbench.store.record import Metric, Status
 from attnbench.workload import Workload
 

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from attnbench.history.best import Best, Contender
 from attnbench.history.runs import RunSummary
-from attnbench.history.summary import interval_text, short_commit
+from attnbench.history.wording import interval_text, short_commit
 
 _INTRODUCTION = """\
 # Which backend is best

@@ -14,7 +14,8 @@ from attnbench.errors import DataError, ExitCode
 from attnbench.history.rule import Estimate, Reason, Verdict, VerdictSettings, decide
 from attnbench.history.rule import estimate_groups as estimate_of
 from attnbench.history.runs import EnvironmentChange, RunSummary, environment_change, runs_of
-from attnbench.history.series import RunValue, Series, gravest, series_of
+from attnbench.history.series import RunValue, Series, gravest
+from attnbench.history.series_rows import series_of
 from attnbench.history.series_verdict import is_supported
 from attnbench.history.verdict import differing_fields
 from attnbench.store.record import Status

@@ -22,16 +22,8 @@ from attnbench.history.grouping import (
     medians_of_groups,
 )
 from attnbench.history.runs import RunSummary, from_json, summary_of_run, to_json
-from attnbench.history.series import (
-    DIRTY,
-    FIRST_CONFIRMATION,
-    GRAVITY,
-    IDENTITY,
-    SeriesKey,
-    sample_arrays,
-    split_references,
-    with_times_only,
-)
+from attnbench.history.series import DIRTY, FIRST_CONFIRMATION, GRAVITY, IDENTITY, SeriesKey
+from attnbench.history.series_rows import sample_arrays, split_references, with_times_only
 from attnbench.store.record import SERIES_KEY, Status
 from attnbench.store.schema import SCHEMA
 

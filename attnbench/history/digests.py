@@ -31,7 +31,7 @@ from attnbench.history.digest import (
     summary_of_digest,
 )
 from attnbench.history.runs import NEEDED_COLUMNS, RunSummary
-from attnbench.history.series import split_references
+from attnbench.history.series_rows import split_references
 from attnbench.store.disk import remove_file
 from attnbench.store.record import short_hash
 from attnbench.store.sealed import check_body, insert_digests, read_digests

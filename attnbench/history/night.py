@@ -96,6 +96,29 @@ def judge_panel(
     return [verdict for verdict in verdicts if verdict is not None]
 
 
+def judge_newest(
+    panel: Panel, indices: Sequence[int] | NDArray[np.int64], settings: VerdictSettings
+) -> list[SeriesVerdict]:
+    """The verdict of each series on its newest run, as on that night: among all of its series.
+
+    So which series are asked for, and what other nights measured, changes no verdict.
+    """
+    chosen = np.asarray(indices, dtype=np.int64)
+    newest = panel.newest[chosen]
+    judged = panel.with_metrics(settings.metrics)
+    verdicts: dict[int, SeriesVerdict] = {}
+    for run in np.unique(newest).tolist():
+        asked = set(chosen[newest == run].tolist())
+        night = np.union1d(judged[panel.status[judged, run] != NOT_PLANNED], list(asked))
+        found = judge_panel(panel, night, np.full(len(night), run), settings)
+        verdicts.update(
+            (index, verdict)
+            for index, verdict in zip(night.tolist(), found, strict=True)
+            if index in asked
+        )
+    return [verdicts[index] for index in chosen.tolist()]
+
+
 def comparable(panel: Panel, indices: NDArray[np.int64], runs: NDArray[np.int64]) -> Bools:
     """`series_verdict.comparable_runs` of each series and run: [num_indices, num_runs]."""
     before = np.arange(panel.num_runs) < runs[:, None]

@@ -21,14 +21,8 @@ from attnbench.history.digests import Digest, Digests, HeldDigest
 from attnbench.history.grouping import Floats, Ints, group_numbers, tables_by_run
 from attnbench.history.run_values import Part, run_value
 from attnbench.history.runs import RunSummary
-from attnbench.history.series import (
-    GRAVITY,
-    IDENTITY,
-    RunValue,
-    Series,
-    SeriesKey,
-    split_references,
-)
+from attnbench.history.series import GRAVITY, IDENTITY, RunValue, Series, SeriesKey
+from attnbench.history.series_rows import split_references
 from attnbench.store import ResultsFolder
 from attnbench.store.record import SERIES_KEY
 from attnbench.store.sources import RunSource

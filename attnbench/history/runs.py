@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 
 from attnbench.errors import DataError
 from attnbench.history.grouping import encoded, floats, group_numbers, microseconds, tables_by_run
-from attnbench.history.series import GRAVITY, SERIES_COLUMNS, moment, split_references, utc
+from attnbench.history.series import GRAVITY, moment, utc
+from attnbench.history.series_rows import SERIES_COLUMNS, split_references
 from attnbench.history.stacks import (
     Changed,
     change_text,

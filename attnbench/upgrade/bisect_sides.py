@@ -19,7 +19,7 @@ from pathlib import Path
 from attnbench.errors import AttnBenchError, DataError, InfrastructureError, UsageError
 from attnbench.history.bisect import NOT_BUILT, Reading
 from attnbench.history.runs import RunSummary
-from attnbench.history.series import sample_statistics
+from attnbench.history.series_rows import sample_statistics
 from attnbench.measure import MeasureOptions
 from attnbench.store import ResultsFolder
 from attnbench.store.record import Status

@@ -8,7 +8,7 @@ from shlex import quote
 from typing import Any
 
 from attnbench.history.rule import Estimate
-from attnbench.history.summary import interval_text
+from attnbench.history.wording import interval_text
 from attnbench.upgrade.compare import CellChange
 from attnbench.upgrade.cost import Cost, CostVerdict, Part
 from attnbench.upgrade.stored import Timed, Wanted

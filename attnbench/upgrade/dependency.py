@@ -12,7 +12,7 @@ import pyarrow as pa
 from attnbench.errors import ExitCode
 from attnbench.history.comparison import ComparedSeries, compare
 from attnbench.history.rule import Estimate, Verdict, VerdictSettings
-from attnbench.history.summary import interval_text
+from attnbench.history.wording import interval_text
 from attnbench.store import ResultsFolder
 from attnbench.store.record import Status
 from attnbench.upgrade.cost import CostVerdict, judge_ratio, weighted_ratio

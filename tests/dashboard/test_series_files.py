@@ -18,7 +18,7 @@ from attnbench.dashboard.json_text import column_text, value_texts
 from attnbench.dashboard.script import to_json
 from attnbench.dashboard.series_files import value_data
 from attnbench.history.panel import Panel
-from attnbench.history.series import series_of
+from attnbench.history.series_rows import series_of
 from attnbench.history.verdict import judge
 from attnbench.store import ResultsFolder
 from attnbench.store.record import Measurement

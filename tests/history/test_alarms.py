@@ -97,6 +97,12 @@ def test_what_one_entry_is_about_is_one_line() -> None:
     assert f"B2 {TEXT} +22.0 % and 1 more   known" in lines[1][1]
 
 
+def test_all_that_is_wrong_with_an_entry_is_said_at_once() -> None:
+    _, found = night(slower(1.3), entry(up_to=1.1, expires=date(2026, 11, 10)))
+    ((_, why),) = found.alarms[0].refused
+    assert why == "+30.0 %, and +10.0 % was accepted; expired on 2026-11-10"
+
+
 def test_worse_than_accepted_alarms() -> None:
     judgement, found = night(slower(), entry(up_to=1.2))
     assert judgement.exit_code is ExitCode.REGRESSION

@@ -20,7 +20,8 @@ from attnbench.history.attribution import (
     series_changes,
 )
 from attnbench.history.runs import RunSummary, runs_of
-from attnbench.history.series import Series, series_of
+from attnbench.history.series import Series
+from attnbench.history.series_rows import series_of
 from attnbench.store import ResultsFolder, RunHeader
 from attnbench.store.record import Measurement, stack_id
 from attnbench.store.schema import rows_to_table

@@ -17,7 +17,7 @@ from attnbench.errors import UsageError
 from attnbench.history.best import Best, best_backends
 from attnbench.history.best_page import comparison_page
 from attnbench.history.runs import runs_of
-from attnbench.history.series import series_of
+from attnbench.history.series_rows import series_of
 from attnbench.store.record import Measurement, Status
 from tests.history.fake import fill, row, table_of
 

@@ -12,7 +12,8 @@ import pytest
 from attnbench.errors import CorruptDataError, ResultsFolderError
 from attnbench.history import digests
 from attnbench.history.panel import Panel
-from attnbench.history.series import Series, series_of
+from attnbench.history.series import Series
+from attnbench.history.series_rows import series_of
 from attnbench.store import ResultsFolder, RunHeader
 from tests.history.fake import row, table_of, timed
 from tests.history.test_panel import every, store

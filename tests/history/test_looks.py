@@ -7,8 +7,11 @@ import pytest
 
 from attnbench.history.confirm import LARGEST_P, SecondLook
 from attnbench.history.gate import Floats, Screen
-from attnbench.history.looks import FirstLook, alarm_limit, looks_of
+from attnbench.history.looks import FirstLook, alarm_limit, looks_of, other_side
 from attnbench.history.rule import Estimate
+from attnbench.history.series import RunValue
+from attnbench.store.record import Status
+from tests.history.fake import START
 
 SLOWER = Estimate(1.1, 1.05, 1.15)
 
@@ -73,3 +76,32 @@ def test_short_histories_count_once_they_have_a_second_look() -> None:
     assert alarm_limit([*short, (None, second)]) == 0.004
     weak = looked_at(1.0)[0][1]
     assert alarm_limit([*[(None, weak)] * 20, (None, second)]) == 0.0
+
+
+def value(seconds: float, again: int = 0, before: int = 0) -> RunValue:
+    return RunValue(
+        run_id=str(seconds),
+        started_at=START,
+        status=Status.OK,
+        replicates=(seconds,),
+        confirmations=(seconds,) * again,
+        references=(9.0,) * before,
+    )
+
+
+@pytest.mark.parametrize(
+    ("again", "other"),
+    [
+        ([0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5]),
+        ([0, 0, 0, 0, 10, 10], [0, 1, 2, 3]),  # a slow-down that is two nights old
+        ([0, 0, 0, 0, 10, 4], [0, 1, 2, 3, 4, 5]),  # given up: it was none
+        ([0, 10, 10, 0, 0, 10], [0, 1, 2, 3, 4]),  # one of long ago is the level
+        ([10, 10, 10, 10, 10, 10], [0, 1, 2]),
+    ],
+)
+def test_a_slow_down_of_last_night_is_not_what_tonights_is_held_against(
+    again: list[int], other: list[int]
+) -> None:
+    level = [value(1.0 + n, count) for n, count in enumerate(again)]
+    assert other_side(value(7.0, 10), level) == tuple(1.0 + n for n in other)
+    assert other_side(value(7.0, 10, before=5), level) == (9.0,) * 5

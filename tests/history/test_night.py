@@ -6,13 +6,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnbench.history.night import judge_panel
+from attnbench.history.night import judge_newest, judge_panel
 from attnbench.history.panel import NOT_PLANNED, Panel
-from attnbench.history.rule import VerdictSettings
-from attnbench.history.series import series_of
+from attnbench.history.rule import Verdict, VerdictSettings
+from attnbench.history.series_rows import series_of
 from attnbench.history.series_verdict import SeriesVerdict, judge_night
+from attnbench.history.verdict import judge
 from attnbench.store.record import Measurement
-from tests.history.fake import row, table_of
+from tests.history.fake import row, table_of, timed
 
 RUNS = 16
 
@@ -126,3 +127,25 @@ def test_any_run_of_the_past_can_be_judged(rows: list[Measurement]) -> None:
         found = judge_panel(panel, planned, np.full(len(planned), run), VerdictSettings())
         expected = judge_night(pairs, VerdictSettings())
         assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_else_is_stored_or_asked_for_changes_no_verdict() -> None:
+    rows = timed([1e-3] * 10 + [1.023e-3], timer="event")
+    rows += [row(10, 100 + n, seconds=1.023e-3, timer="event") for n in range(10)]
+    # Last measured a night before; of so many the step would not be picked.
+    for batch in range(2, 300):
+        rows += timed([1e-3] * 10, replicates=1, workload=f"{batch}q1s1k dtype=fp32", timer="event")
+    panel = Panel.of_table(table_of(rows))
+    (then,) = judge(panel, row(10).run_id).verdicts
+    assert then.verdict is Verdict.REGRESSION
+    every = np.arange(panel.num_series)
+    (found,) = [
+        v for v in judge_newest(panel, every, VerdictSettings()) if v.series.key == then.series.key
+    ]
+    assert same(found, then)
+    (alone,) = judge_newest(panel, [panel.index_of(then.series.key)], VerdictSettings())
+    assert same(alone, then)
+    backwards = judge_newest(panel, every[::-1], VerdictSettings())
+    assert [v.series.key for v in backwards] == list(panel.keys)[::-1]
+    together = judge_panel(panel, every, panel.newest, VerdictSettings())
+    assert any(not same(a, b) for a, b in zip(together, backwards[::-1], strict=True))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from attnbench.history.panel import NOT_PLANNED, Panel
 from attnbench.history.runs import runs_of
-from attnbench.history.series import GRAVITY, Series, series_of
+from attnbench.history.series import GRAVITY, Series
+from attnbench.history.series_rows import series_of
 from attnbench.store import ResultsFolder, RunHeader
 from attnbench.store.record import Measurement
 from tests.history.fake import history, row, table_of, timed

@@ -15,7 +15,7 @@ from attnbench.dashboard.watch import Watch
 from attnbench.errors import ExitCode
 from attnbench.history.panel import Panel
 from attnbench.history.rule import Reason, Verdict
-from attnbench.history.series import series_of
+from attnbench.history.series_rows import series_of
 from attnbench.history.verdict import judge
 from attnbench.store import ResultsFolder, RunHeader
 from attnbench.store.record import Measurement

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnbench.history.runs import environment_change, runs_of
-from attnbench.history.series import Axis, gravest, sample_statistics, series_of
+from attnbench.history.series import Axis, gravest
+from attnbench.history.series_rows import sample_statistics, series_of
 from attnbench.store.record import Status
 from tests.history.fake import START, history, row, table_of, timed
 

@@ -16,7 +16,8 @@ from attnbench.errors import DataError
 from attnbench.history.comparison import find_side
 from attnbench.history.panel import Panel
 from attnbench.history.runs import environment_change, runs_of
-from attnbench.history.series import Axis, Series, series_of
+from attnbench.history.series import Axis, Series
+from attnbench.history.series_rows import series_of
 from attnbench.history.stacks import (
     change_text,
     changed_versions,

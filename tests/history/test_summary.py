@@ -9,17 +9,15 @@ import pytest
 
 from attnbench.history.rule import Estimate
 from attnbench.history.runs import runs_of
-from attnbench.history.summary import (
-    causes_of,
+from attnbench.history.summary import causes_of, summary_markdown, summary_text
+from attnbench.history.verdict import judge
+from attnbench.history.wording import (
     duration_text,
     interval_text,
     percent,
     repro_command,
     short_commit,
-    summary_markdown,
-    summary_text,
 )
-from attnbench.history.verdict import judge
 from attnbench.store.record import stack_id
 from tests.history.fake import DEVICE, NEW_STACK, OLD_STACK, history, row, table_of, timed
 
