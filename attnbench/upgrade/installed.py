@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import subprocess
 from pathlib import Path
@@ -118,3 +119,13 @@ def _overlay(found: dict[str, Any], metadata: Metadata, cache: Path, tell: Tell)
             write_metadata(home, metadata.version, metadata.requires, names)
             stamp(home, {"package": found["package"]})
     return home
+
+
+def has_pip() -> bool:
+    """Whether this environment has pip. Its metadata is asked: to look for the module makes
+    setuptools' hook, where it is installed, warn of a distutils that is loaded already."""
+    try:
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

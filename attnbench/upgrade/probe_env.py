@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import re
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from attnbench.upgrade.cache import (
     writing,
 )
 from attnbench.upgrade.download import unpack_local, unpack_remote
-from attnbench.upgrade.installed import look_at
+from attnbench.upgrade.installed import has_pip, look_at
 from attnbench.upgrade.metadata import Metadata, need_metadata
 from attnbench.upgrade.package_index import IndexSettings, find_wheel, open_session, pinned
 from attnbench.upgrade.remote_file import RemoteFile
@@ -193,7 +192,7 @@ def make_environment(cache: Path, tell: Tell, requirements: Sequence[str] = ()) 
             )
             with writing(entry):
                 empty(entry)
-                own_pip = importlib.util.find_spec("pip") is not None
+                own_pip = has_pip()
                 _make_venv(entry, with_pip=not own_pip)
                 _install(python, pins, requirements, tell, own_pip)
                 _link(entry, links)

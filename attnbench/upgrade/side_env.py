@@ -7,7 +7,6 @@ Each is a virtual environment with the changed distribution, installed without i
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import subprocess
 import sys
 import tarfile
@@ -20,6 +19,7 @@ import attnbench
 from attnbench.asv_bridge.outer import PTH_NAME, outer_site_packages
 from attnbench.errors import InfrastructureError, UsageError
 from attnbench.upgrade.cache import empty, making, read_stamp, stamp, writing
+from attnbench.upgrade.installed import has_pip
 from attnbench.upgrade.tell import Tell
 from attnbench.upgrade.versions import Source, SourceKind
 
@@ -117,7 +117,7 @@ def _environment(cache: Path, what: str, tell: Tell, *install: str) -> Path:
 
 
 def _install(folder: Path, what: str, install: Sequence[str]) -> None:
-    if importlib.util.find_spec("pip") is None:
+    if not has_pip():
         raise InfrastructureError(
             f"{what} is installed by pip, which is not beside attnbench; install it: "
             f"{sys.executable} -m ensurepip"
