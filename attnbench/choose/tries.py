@@ -6,7 +6,7 @@ for all runs, and a row gives its status, its median and, where it has some, its
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -132,8 +132,9 @@ def read_tries(
     timer: str = "",
     l2_state: str = "",
     metric: Metric = Metric.ATTENTION,
+    runs: Collection[str] | None = None,
 ) -> list[Try]:
-    """Tries of `metric`, made-up times only where timer `fake` is named.
+    """Tries of `metric`, made-up times only where timer `fake` is named; `runs`: only of these.
 
     A folder that is not there holds nothing.
     """
@@ -142,6 +143,8 @@ def read_tries(
         where["timer"] = timer
     if l2_state:
         where["l2_state"] = l2_state
+    if runs is not None:
+        where["run_id"] = list(runs)
     try:
         table = folder.table(COLUMNS, where)
     except ResultsFolderError:

@@ -55,6 +55,6 @@ def dashboard(
         pages=pages,
         ceilings=folder.ceilings(),
         watch=watch_of(folder, panel),
-        **page_values(folder, settings, pages.runs),
+        **page_values(folder, panel, settings, pages.runs),
     )
     emit([{"page": str(index), "runs": panel.num_runs, "series": panel.num_series}], format)

@@ -172,7 +172,7 @@ def nightly(
             summary=markdown,
             ceilings=folder.ceilings(),
             watch=watch_of(folder, panel),
-            **page_values(folder, settings, pages.runs),
+            **page_values(folder, panel, settings, pages.runs),
         )
     except AttnBenchError as error:
         # What the night found is worth more than its pages.

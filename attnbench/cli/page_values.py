@@ -24,7 +24,11 @@ class PageValues(TypedDict):
     answers: Answers
 
 
-def page_values(folder: ResultsFolder, settings: Settings, runs: int) -> PageValues:
+#: Of so many points at most, newest runs first, the pages say who wins: seconds, not minutes.
+_MOST_POINTS = 30_000
+
+
+def page_values(folder: ResultsFolder, panel: Panel, settings: Settings, runs: int) -> PageValues:
     """Read both; made-up times stand in only where there are no others.
 
     Args:
@@ -34,11 +38,28 @@ def page_values(folder: ResultsFolder, settings: Settings, runs: int) -> PageVal
     from attnbench.choose.tries import read_tries
     from attnbench.dashboard import read_answers
 
-    tries = read_tries(folder) or read_tries(folder, timer="fake")
+    newest = _newest_runs(panel)
+    tries = read_tries(folder, runs=newest) or read_tries(folder, timer="fake", runs=newest)
     answers = read_answers(settings.answers)
     for problem in answers.problems:
         note(problem)
-    return {"choices": choices_of(tries, folder.published_runs(), runs), "answers": answers}
+    choices = choices_of(tries, folder.published_runs(), runs)
+    if len(newest) < panel.num_runs:
+        for one in choices["maps"]:
+            one["notes"].append(f"of the newest {len(newest)} runs")
+    return {"choices": choices, "answers": answers}
+
+
+def _newest_runs(panel: Panel) -> list[str]:
+    """As many of the newest runs as have `_MOST_POINTS` together, the newest one in any case."""
+    found: list[str] = []
+    points = 0
+    for run in reversed(panel.runs):
+        points += run.num_points
+        if found and points > _MOST_POINTS:
+            break
+        found.append(run.run_id)
+    return found
 
 
 def watch_of(folder: ResultsFolder, panel: Panel) -> Watch:

@@ -197,9 +197,9 @@ def locked_clocks(folder: ResultsFolder, run_ids: Sequence[str]) -> dict[str, st
 
     Runs whose header does not say are left out.
     """
-    found = {}
+    found, headers = {}, folder.headers()
     for run_id in run_ids:
-        hz = folder.header(run_id).options.get("locked_clock_hz")
+        hz = headers[run_id].options.get("locked_clock_hz")
         if isinstance(hz, (int, float)):
             found[run_id] = f"locked at {hz / 1e6:g} MHz" if hz else "free"
     return found

@@ -80,9 +80,9 @@ def gate_record(
 
 def rehearsals_of(folder: ResultsFolder, run_ids: Iterable[str]) -> dict[str, dict[str, float]]:
     """The runs that were started with `--fake-slowdown`, from their headers."""
-    found = {}
+    found, headers = {}, folder.headers()
     for run_id in run_ids:
-        slowed = folder.header(run_id).options.get("fake_slowdown") or ()
+        slowed = headers[run_id].options.get("fake_slowdown") or ()
         if slowed:
             found[run_id] = {str(backend): float(factor) for backend, factor in slowed}
     return found

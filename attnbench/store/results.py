@@ -170,7 +170,7 @@ class ResultsFolder:
         if sql is not None:
             table = self.query(sql)
         else:
-            chosen_ids = chosen_runs(runs, self._headers(), self.path) if runs else []
+            chosen_ids = chosen_runs(runs, self.headers(), self.path) if runs else []
             table = self.table(where={"run_id": chosen_ids} if runs else None, references=True)
         export_table(table, target, chosen)
         return int(table.num_rows)
@@ -208,7 +208,7 @@ class ResultsFolder:
     def runs(self) -> list[RunInfo]:
         """The stored runs that ended, newest last."""
         table = self.table(RUN_COLUMNS)
-        headers = self._headers()
+        headers = self.headers()
         unsealed = frozenset(run_id_of(path) for path in self._layout.ended_journals())
         return list_runs(headers.values(), table, unsealed, self.published_runs())
 
@@ -217,7 +217,7 @@ class ResultsFolder:
 
         Raises UsageError if there is none, ResultsFolderError if a process is still writing it.
         """
-        headers = self._headers() if self.path.is_dir() else {}
+        headers = self.headers() if self.path.is_dir() else {}
         if run_id == "last" and (own := headers.keys() - self.published_runs()):
             return headers[max(own)]
         if run_id != "last" and is_live(self._layout.journal(check_run_id(run_id))):
@@ -228,10 +228,14 @@ class ResultsFolder:
 
     def ceilings(self) -> dict[str, Ceilings]:
         """Run id -> the rates its device reached, for the runs that measured them."""
-        headers = self._headers() if self.path.is_dir() else {}
+        headers = self.headers() if self.path.is_dir() else {}
         return {run_id: h.ceilings for run_id, h in headers.items() if h.ceilings is not None}
 
-    def _headers(self) -> dict[str, RunHeader]:
+    def headers(self) -> dict[str, RunHeader]:
+        """Run id -> header of every stored run that ended, all read at once.
+
+        Raises ResultsFolderError if there is no such folder.
+        """
         with self._layout.locked(exclusive=False):
             segments, rests = self._layout.readable()
             headers = {

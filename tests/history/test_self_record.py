@@ -6,6 +6,7 @@ import json
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from attnbench.history.self_record import (
     rehearsals_of,
 )
 from attnbench.history.verdict import judge
+from attnbench.store import ResultsFolder, RunHeader
 from attnbench.store.record import Measurement
 from tests.history.fake import row, table_of, timed
 
@@ -223,14 +225,12 @@ def test_a_lost_support_of_an_equal_night_is_counted() -> None:
     assert (found["support"]["count"], found["support"]["of"]) == (1, 1)
 
 
-def test_rehearsals_are_read_from_headers() -> None:
-    class Header:
-        def __init__(self, options: dict[str, Any]) -> None:
-            self.options = options
-
-    class Folder:
-        def header(self, run_id: str) -> Header:
-            slowed = [["CPU_ATTN", 1.3]] if run_id == "b" else []
-            return Header({} if run_id == "a" else {"fake_slowdown": slowed})
-
-    assert rehearsals_of(Folder(), "abc") == {"b": {"CPU_ATTN": 1.3}}  # type: ignore[arg-type]
+def test_rehearsals_are_read_from_headers(tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path)
+    ids = []
+    for options in ({}, {"fake_slowdown": [["CPU_ATTN", 1.3]]}, {"fake_slowdown": []}):
+        header = RunHeader.new(options=options)
+        with folder.open_run(header) as run:
+            run.append(row(0, **{"run_id": header.run_id}))
+        ids.append(header.run_id)
+    assert rehearsals_of(folder, ids) == {ids[1]: {"CPU_ATTN": 1.3}}
