@@ -231,6 +231,6 @@ def test_rehearsals_are_read_from_headers(tmp_path: Path) -> None:
     for options in ({}, {"fake_slowdown": [["CPU_ATTN", 1.3]]}, {"fake_slowdown": []}):
         header = RunHeader.new(options=options)
         with folder.open_run(header) as run:
-            run.append(row(0, **{"run_id": header.run_id}))
+            run.append(replace(row(0), run_id=header.run_id))
         ids.append(header.run_id)
     assert rehearsals_of(folder, ids) == {ids[1]: {"CPU_ATTN": 1.3}}
