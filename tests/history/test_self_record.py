@@ -228,7 +228,9 @@ def test_a_lost_support_of_an_equal_night_is_counted() -> None:
 def test_rehearsals_are_read_from_headers(tmp_path: Path) -> None:
     folder = ResultsFolder(tmp_path)
     ids = []
-    for options in ({}, {"fake_slowdown": [["CPU_ATTN", 1.3]]}, {"fake_slowdown": []}):
+    slowed = {"fake_slowdown": [["CPU_ATTN", 1.3]]}
+    every: list[dict[str, Any]] = [{}, slowed, {"fake_slowdown": []}]
+    for options in every:
         header = RunHeader.new(options=options)
         with folder.open_run(header) as run:
             run.append(replace(row(0), run_id=header.run_id))
