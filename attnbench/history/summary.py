@@ -304,7 +304,7 @@ def _changed_lines(verdict: SeriesVerdict) -> list[str]:
 _UNDECIDED_ADVICE = {
     Reason.INTERVAL_TOO_WIDE: "too noisy to tell; run again on a quiet machine",
     Reason.TOO_FEW_REPLICATES: "too few replicates; run again with --replicates 3",
-    Reason.NOT_CONFIRMED: "looked slower, fresh processes did not show it; the next run decides",
+    Reason.NOT_CONFIRMED: "slower in fresh processes too, but not surely; the next run decides",
     Reason.NOT_CONFIRMED_YET: "looks slower, not measured again yet; run attnbench nightly",
 }
 
