@@ -177,7 +177,7 @@ def append_entry(path: Path, entry: Acknowledgement, today: date | None = None) 
             mode = target.stat().st_mode & 0o777 if target.exists() else 0o644
             os.chmod(temporary, mode)
             os.replace(temporary, target)
-        except BaseException:
+        except BaseException:  # Ctrl-C as well: nothing half-written stays behind
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
