@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from attnbench.dashboard.script import text_script
+from attnbench.dashboard.script import script_text, text_script
 
 #: File name -> what its content was made of, and its size.
 _STAMPS = "stamps.json"
@@ -49,6 +49,15 @@ class DataFiles:
                 return True
         self._pending[name] = stamp
         return False
+
+    def text(self, name: str, stamp: str) -> str | None:
+        """The JSON that an earlier rendering wrote of what `stamp` stands for; None: not there."""
+        path = self._path(name)
+        if not stamp or not path.is_file():
+            return None
+        if self._known.get(name) != f"{stamp}:{path.stat().st_size}":
+            return None
+        return script_text(name, path.read_text(encoding="ascii"))
 
     def write(self, name: str, text: str) -> None:
         """`text` is JSON of `to_json`. Raises OSError."""

@@ -35,7 +35,9 @@ def value_texts(column: pa.Array | pa.ChunkedArray) -> pa.StringArray:
         texts = pc.if_else(pc.is_finite(short), short.cast(pa.string()), "null")
     elif pa.types.is_timestamp(kind):
         seconds = pc.floor_temporal(array, unit="second").cast(pa.timestamp("s", tz=kind.tz))
-        texts = pc.strftime(seconds, format='"%Y-%m-%dT%H:%M:%S+00:00"')
+        coded = pc.dictionary_encode(seconds)
+        words = pc.strftime(coded.dictionary, format='"%Y-%m-%dT%H:%M:%S+00:00"')
+        texts = words.take(coded.indices)
     else:
         texts = array.cast(pa.string())
     return pc.if_else(pc.is_valid(array), texts, "null")

@@ -13,10 +13,18 @@ from typing import Any
 #: The one global of the pages.
 GLOBAL = "attnbenchData"
 
+#: `json.dumps` makes one for every call.
+_ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+_AFTER = ";\n"
+
+#: Most of what is written: no call for each.
+_AS_THEY_ARE = frozenset({str, int, bool, type(None)})
+
 
 def to_json(value: Any) -> str:
     """JSON that is safe inside a script: ASCII, without `<`, `>` and `&`; NaN becomes null."""
-    text = json.dumps(_plain(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = _ENCODER.encode(_plain(value))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
@@ -29,17 +37,34 @@ def data_script(name: str, value: Any) -> str:
 
 def text_script(name: str, text: str) -> str:
     """The same of a value that is JSON already, as `to_json` writes it."""
-    return f"(window.{GLOBAL}=window.{GLOBAL}||{{}})[{to_json(name)}]={text};\n"
+    return f"{_before(name)}{text}{_AFTER}"
+
+
+def script_text(name: str, script: str) -> str | None:
+    """The JSON in the text of a data file; None if it is no such file."""
+    before = _before(name)
+    if not (script.startswith(before) and script.endswith(_AFTER)):
+        return None
+    return script[len(before) : -len(_AFTER)]
+
+
+def _before(name: str) -> str:
+    return f"(window.{GLOBAL}=window.{GLOBAL}||{{}})[{to_json(name)}]="
 
 
 def _plain(value: Any) -> Any:
+    if type(value) in _AS_THEY_ARE:
+        return value
     if isinstance(value, float):
         # Seven digits are far beyond what any timer knows, and halve the files.
         return float(f"{value:.7g}") if math.isfinite(value) else None
     if isinstance(value, datetime):
         return value.isoformat(timespec="seconds")
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {
+            str(key): item if type(item) in _AS_THEY_ARE else _plain(item)
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [item if type(item) in _AS_THEY_ARE else _plain(item) for item in value]
     return value

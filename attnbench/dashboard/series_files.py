@@ -8,8 +8,9 @@ in `_NIGHTS_TOGETHER` nights, another sixteenth of the chunks every night.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +34,8 @@ _SHORT_HISTORY = 2 * _NIGHTS_TOGETHER
 
 #: Values whose texts are held at once; bounds the memory.
 _BLOCK_VALUES = 3_000_000
+
+_THREADS = 2
 
 _FORM = "1"  # of the files: raised when what is in them changes
 
@@ -93,14 +96,48 @@ def _split(num_runs: int, name: str) -> int:
     return (num_runs + turn) // _NIGHTS_TOGETHER * _NIGHTS_TOGETHER - turn
 
 
-def older_files(chunks: Sequence[Chunk]) -> Iterator[tuple[str, str]]:
-    """Name and JSON text of each chunk's older values: series id -> list of values."""
+def older_files(
+    chunks: Sequence[Chunk], written: Callable[[str, str], str | None]
+) -> Iterator[tuple[str, str]]:
+    """Name and JSON text of each chunk's older values: series id -> list of values.
+
+    `written(name, stamp)` is the text of a file of an earlier rendering (`DataFiles.text`): where
+    there is one of the chunk's last turn, only the nights since then are added to it.
+    """
     for block in _blocks(chunks):
         panel = block[0].panel
+        before = [_written_before(chunk, written) for chunk in block]
         series = np.concatenate([chunk.series for chunk in block])
+        starts = np.concatenate([np.full(len(texts), start) for start, texts in before])
         ends = np.concatenate([np.full(len(chunk.series), chunk.split) for chunk in block])
-        texts = _values_text(panel, series, np.zeros_like(ends), ends)
+        added = _values_text(panel, series, starts, ends)
+        texts = [
+            _lists_joined(old, new)
+            for old, new in zip((text for _, texts in before for text in texts), added, strict=True)
+        ]
         yield from _by_chunk(block, texts, "values")
+
+
+def _written_before(
+    chunk: Chunk, written: Callable[[str, str], str | None]
+) -> tuple[int, list[str]]:
+    """The first run that an earlier file does not have, and its text of each series."""
+    earlier = replace(chunk, split=max(0, chunk.split - _NIGHTS_TOGETHER))
+    text = written(f"values-{chunk.name}", earlier.stamp) if earlier.is_split else None
+    if text is None:
+        return 0, ["[]"] * len(chunk.series)
+    # No text of a value has this: a quote inside a text is escaped, and none of them is a key.
+    marks = [f'"{chunk.panel.ids[index]}":' for index in chunk.series.tolist()]
+    places = [text.index(mark) for mark in marks]
+    bounds = zip(marks, places, [*places[1:], len(text)], strict=True)
+    return earlier.split, [text[start + len(mark) : end - 1] for mark, start, end in bounds]
+
+
+def _lists_joined(first: str, second: str) -> str:
+    """The JSON text of two lists, one after the other."""
+    if first == "[]" or second == "[]":
+        return second if first == "[]" else first
+    return f"{first[:-1]},{second[1:]}"
 
 
 def newer_files(
@@ -155,15 +192,20 @@ def _values_text(
     ends: NDArray[np.int64],
 ) -> list[str]:
     """The JSON array of the values of each series in its runs from `starts` up to `ends`."""
-    columns = []
-    for run in range(int(starts.min()), int(ends.max())):
+
+    def column(run: int) -> pa.StringArray | None:
         planned = panel.status[series, run] != NOT_PLANNED
         wanted = np.flatnonzero(planned & (starts <= run) & (run < ends))
-        if len(wanted):
-            at = np.full(len(series), -1)
-            at[wanted] = np.arange(len(wanted))
-            of_run = _run_texts(panel, series[wanted], run)
-            columns.append(of_run.take(pa.array(at, mask=at < 0)))
+        if not len(wanted):
+            return None
+        at = np.full(len(series), -1)
+        at[wanted] = np.arange(len(wanted))
+        return _run_texts(panel, series[wanted], run).take(pa.array(at, mask=at < 0))
+
+    # Reading and joining release the interpreter's lock; more threads only take more memory.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(column, range(int(starts.min()), int(ends.max()))))
+    columns = [texts for texts in found if texts is not None]
     if not columns:
         return ["[]"] * len(series)
     # Rows without any value are dropped from a join: the bracket is one that all have.

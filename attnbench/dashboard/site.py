@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -155,28 +157,27 @@ def _write(
         scripts["support"] = support_data(panel, settings.metrics)
     scripts |= {name: value for name, value in optional.items() if pages.shows(name)}
     _remove_left_over(out, pages)
-    with DataFiles(out / "data", _DATA) as files:
+    with DataFiles(out / "data", _DATA) as files, _one_beside() as beside:
+        waited_for = [
+            beside.submit(write, panel, files, run)
+            for page, write in (("conditions", _write_conditions), ("compare", _write_times))
+            if pages.shows(page)
+            for run in range(first_shown, len(runs))
+        ]
         for name, value in scripts.items():
             files.write(name, to_json(value))
         if pages.shows("series"):
             chunks = chunks_of(panel)
             split = [chunk for chunk in chunks if chunk.is_split]
             stale = [c for c in split if not files.keep(f"values-{c.name}", c.stamp)]
-            for name, text in older_files(stale):
+            for name, text in older_files(stale, files.text):
                 files.write(name, text)
             changes = level_changes(panel, out / "data")
             heads = data.series_heads(panel, verdicts, run_index, changes)
             for name, text in newer_files(chunks, heads):
                 files.write(name, text)
-        if pages.shows("conditions"):
-            for number in range(first_shown, len(runs)):
-                if not files.keep(f"run-{number}", panel.stamp(number)):
-                    rows = panel.rows(number, data.CONDITION_COLUMNS)
-                    files.write(f"run-{number}", data.conditions_text(rows))
-        if pages.shows("compare"):
-            for number in range(first_shown, len(runs)):
-                if not files.keep(f"times-{number}", times_stamp(panel, number)):
-                    files.write(f"times-{number}", times_text(panel, number))
+        for one in waited_for:
+            one.result()
     _write_assets(out / "assets", pages)
     environment = jinja_environment()
     context = {
@@ -192,6 +193,28 @@ def _write(
         html = environment.get_template(f"{page}.html.j2").render(page=page, **context)
         (out / _file_of(page)).write_text(html, encoding="utf-8")
     return out / "index.html"
+
+
+@contextlib.contextmanager
+def _one_beside() -> Iterator[ThreadPoolExecutor]:
+    """One thread beside this one: reading and joining release the interpreter's lock."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool
+        except BaseException:  # Ctrl-C too: nobody waits for what is left
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _write_conditions(panel: Panel, files: DataFiles, run: int) -> None:
+    if not files.keep(f"run-{run}", panel.stamp(run)):
+        rows = panel.rows(run, data.CONDITION_COLUMNS)
+        files.write(f"run-{run}", data.conditions_text(rows))
+
+
+def _write_times(panel: Panel, files: DataFiles, run: int) -> None:
+    if not files.keep(f"times-{run}", times_stamp(panel, run)):
+        files.write(f"times-{run}", times_text(panel, run))
 
 
 def _optional(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from attnbench.history.stacks import stack_key
@@ -76,7 +77,12 @@ class SeriesKey(NamedTuple):
     @property
     def id(self) -> str:
         """16 hex digits, the name of the series in links."""
-        return short_hash("series", *(str(part) for part in self))
+        return _series_id(self)
+
+
+@lru_cache(maxsize=2**18)
+def _series_id(key: SeriesKey) -> str:
+    return short_hash("series", *(str(part) for part in key))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
