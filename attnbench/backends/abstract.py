@@ -389,24 +389,3 @@ class AttentionBackend(ABC):
         if combination := cls.supports_combination(config, device):
             reasons.append(combination)
         return reasons
-
-
-def subclass_attention_backend(
-    name_prefix: str,
-    attention_backend_cls: type[AttentionBackend],
-    builder_cls: type[AttentionMetadataBuilder[Any]],
-) -> type[AttentionBackend]:
-    """A subclass of `attention_backend_cls` that uses another metadata builder (vLLM's helper)."""
-    return subclass_attention_backend_with_overrides(
-        name_prefix, attention_backend_cls, {"get_builder_cls": staticmethod(lambda: builder_cls)}
-    )
-
-
-def subclass_attention_backend_with_overrides(
-    name_prefix: str,
-    attention_backend_cls: type[AttentionBackend],
-    overrides: dict[str, Any],
-) -> type[AttentionBackend]:
-    """A subclass of `attention_backend_cls` with some members replaced (vLLM's helper)."""
-    name = name_prefix + attention_backend_cls.__name__
-    return type(name, (attention_backend_cls,), dict(overrides))

@@ -36,10 +36,10 @@ from attnbench.backends.device import Device
 from attnbench.backends.graph_buffers import GraphBuffers
 from attnbench.backends.impl import MLAAttentionImpl, MLALayer
 from attnbench.backends.merge import PartialState, merge_all
-from attnbench.backends.mla_backend import (
+from attnbench.backends.mla_backend import LibraryMLAImpl
+from attnbench.backends.mla_builder import (
     DecodeBatch,
     LibraryMLABuilder,
-    LibraryMLAImpl,
     LibraryMLAMetadata,
     QueryLenSupport,
 )

@@ -16,11 +16,10 @@ from attnbench.backends.abstract import AttentionConfig
 from attnbench.backends.builder import AttentionCGSupport, KVCacheSpec
 from attnbench.backends.declared.vllm_0_22_1 import CutlassMLA
 from attnbench.backends.impl import MLALayer
-from attnbench.backends.mla_backend import (
+from attnbench.backends.mla_backend import LibraryMLABackend, LibraryMLAImpl
+from attnbench.backends.mla_builder import (
     DecodeBatch,
-    LibraryMLABackend,
     LibraryMLABuilder,
-    LibraryMLAImpl,
     LibraryMLAMetadata,
     QueryLenSupport,
 )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from attnbench.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DeviceCapability(NamedTuple):
@@ -67,3 +70,12 @@ def cuda_device(major: int, minor: int) -> Device:
             "write e.g. --device sm90"
         )
     return Device("cuda", f"sm{major}{minor}", DeviceCapability(major, minor))
+
+
+def device_of(device: torch.device) -> Device:
+    """The device that torch's tensors on `device` are on."""
+    import torch
+
+    if device.type != "cuda":
+        return Device(device.type)
+    return cuda_device(*torch.cuda.get_device_capability(device))

@@ -15,11 +15,10 @@ from attnbench.backends.abstract import AttentionConfig
 from attnbench.backends.declared.vllm_0_22_1 import FlashAttentionMLA
 from attnbench.backends.flash_attn import GRAPH_MAX_NUM_SPLITS, GRAPH_MAX_TOKENS
 from attnbench.backends.impl import MLALayer
-from attnbench.backends.mla_backend import (
+from attnbench.backends.mla_backend import LibraryMLABackend, LibraryMLAImpl
+from attnbench.backends.mla_builder import (
     DecodeBatch,
-    LibraryMLABackend,
     LibraryMLABuilder,
-    LibraryMLAImpl,
     LibraryMLAMetadata,
     QueryLenSupport,
 )

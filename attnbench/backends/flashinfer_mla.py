@@ -23,11 +23,10 @@ from attnbench.backends.declared.vllm_0_22_1 import FlashInferMLA
 from attnbench.backends.device import Device, DeviceCapability
 from attnbench.backends.dtypes import torch_dtype
 from attnbench.backends.impl import MLALayer
-from attnbench.backends.mla_backend import (
+from attnbench.backends.mla_backend import LibraryMLABackend, LibraryMLAImpl
+from attnbench.backends.mla_builder import (
     DecodeBatch,
-    LibraryMLABackend,
     LibraryMLABuilder,
-    LibraryMLAImpl,
     LibraryMLAMetadata,
     QueryLenSupport,
 )

@@ -16,13 +16,8 @@ import torch
 from attnbench.backends.abstract import AttentionConfig
 from attnbench.backends.declared.vllm_0_22_1 import FlashMLA
 from attnbench.backends.impl import MLALayer
-from attnbench.backends.mla_backend import (
-    DecodeBatch,
-    LibraryMLABackend,
-    LibraryMLABuilder,
-    LibraryMLAImpl,
-    LibraryMLAMetadata,
-)
+from attnbench.backends.mla_backend import LibraryMLABackend, LibraryMLAImpl
+from attnbench.backends.mla_builder import DecodeBatch, LibraryMLABuilder, LibraryMLAMetadata
 from attnbench.backends.mla_libraries import MLALibrary
 
 NAME = "FLASHMLA"

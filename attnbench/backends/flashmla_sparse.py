@@ -30,11 +30,10 @@ from attnbench.backends.declared.vllm_0_22_1 import FlashMLASparse
 from attnbench.backends.ds_mla import DS_MLA
 from attnbench.backends.impl import MLALayer
 from attnbench.backends.metadata import CommonAttentionMetadata
-from attnbench.backends.mla_backend import (
+from attnbench.backends.mla_backend import LibraryMLABackend, LibraryMLAImpl
+from attnbench.backends.mla_builder import (
     DecodeBatch,
-    LibraryMLABackend,
     LibraryMLABuilder,
-    LibraryMLAImpl,
     LibraryMLAMetadata,
     QueryLenSupport,
     count_decodes,

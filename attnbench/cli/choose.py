@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from attnbench.cli.output import Format, FormatOption, ResultsOption, emit, note, visible
-from attnbench.cli.sweeping import L2_HELP, TIMER_HELP
+from attnbench.cli.stored_times import StoredL2Option, StoredTimerOption, check_how
+from attnbench.cli.sweeping import PresetOption
 from attnbench.cli.trace_options import (
     HeadroomOption,
     MaxModelLenOption,
+    ModelOption,
     RateScaleOption,
     RepresentativesOption,
     RequestRateOption,
@@ -20,6 +22,7 @@ from attnbench.cli.trace_options import (
     SortArrivalsOption,
     TraceFormatOption,
     option_words,
+    trace_options,
 )
 from attnbench.errors import DeviceError, ExitCode, UsageError
 
@@ -36,10 +39,8 @@ if TYPE_CHECKING:
 
 
 def choose(
-    model: Annotated[
-        str,
-        typer.Option(help="Whose layers: a registered name (llama-3-8b) or a config.json."),
-    ],
+    ctx: typer.Context,
+    model: ModelOption,
     device: Annotated[
         str,
         typer.Option(
@@ -62,9 +63,7 @@ def choose(
         list[str] | None,
         typer.Option(help="Instead of --batch: the batches of this suite, alike; repeat."),
     ] = None,
-    preset: Annotated[str, typer.Option(help="Preset of the suites: smoke, nightly, full.")] = (
-        "smoke"
-    ),
+    preset: PresetOption = "smoke",
     trace: Annotated[
         Path | None,
         typer.Option(help="Instead of --batch: a trace of requests, as `attnbench traffic` reads."),
@@ -78,8 +77,8 @@ def choose(
     representatives: RepresentativesOption = 512,
     headroom: HeadroomOption = 1.0,
     results: ResultsOption = None,
-    timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
-    l2: Annotated[str, typer.Option(help=L2_HELP)] = "",
+    timer: StoredTimerOption = "",
+    l2: StoredL2Option = "",
     engine: Annotated[
         str,
         typer.Option(
@@ -114,20 +113,15 @@ def choose(
     from attnbench.choose.advice import advise, parts_of
     from attnbench.choose.stored import Measured
     from attnbench.choose.tries import read_tries
-    from attnbench.measure.options import MeasureOptions
     from attnbench.settings import load_settings
     from attnbench.store import ResultsFolder
-    from attnbench.traffic.reduced import TraceOptions
     from attnbench.upgrade.models import cells_of_model
 
     if block_size < 0 or tp < 1:
         raise UsageError("--block-size and --tp are positive numbers; leave them out or mend them")
     if not 0.5 <= confidence < 1 or not 0 < budget_s < float("inf"):
         raise UsageError("--confidence is 0.5 to below 1, --budget-s above 0, e.g. 0.95 and 600")
-    if timer:
-        MeasureOptions(timer=timer)
-    if l2:
-        MeasureOptions(l2_states=(l2,))
+    check_how(timer, l2)
     settings = load_settings()
     folder = ResultsFolder(results or settings.results)
     cells = cells_of_model(
@@ -140,16 +134,7 @@ def choose(
         raise UsageError(
             "give --batch, --suite or --trace, e.g. --batch 0.7*32q1s4k --batch 0.3*q2k"
         )
-    options = TraceOptions(
-        trace_format=trace_format,
-        sort_arrivals=sort_arrivals,
-        request_rate=request_rate,
-        max_model_len=max_model_len,
-        requests=requests,
-        rate_scale=rate_scale,
-        representatives=representatives,
-        headroom=headroom,
-    )
+    options = trace_options(ctx.params)
     if trace is not None:
         from attnbench.cli.choose_trace import shares_of_trace
 

@@ -25,7 +25,7 @@ def shares_of_trace(
         UsageError: a trace or a model that cannot be scheduled, a device without published peaks.
     """
     from attnbench.cli.model_layer import layer_of_cell
-    from attnbench.cli.trace_options import device_rates
+    from attnbench.cli.trace_options import device_rates, requests_text
     from attnbench.traffic.reduced import reduced_trace
     from attnbench.upgrade.batches import BatchShare
     from attnbench.workload import Workload
@@ -35,8 +35,7 @@ def shares_of_trace(
     found = reduced_trace(trace, one.layer, one.sizes, tp, rates, options, one.num_layers)
     reduction = found.reduction
     note(
-        f"{len(found.trace)} requests ({found.trace.num_rejected} too long, "
-        f"{found.trace.num_empty} empty) make {len(found.steps)} steps; {len(reduction)} batches "
+        f"{requests_text(found.trace)} make {len(found.steps)} steps; {len(reduction)} batches "
         f"stand for them, their totals within {reduction.totals_error:.2%}"
     )
     shares: dict[str, BatchShare] = {}

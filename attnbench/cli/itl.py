@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from attnbench.cli.output import Format, FormatOption, ResultsOption, emit, note
-from attnbench.cli.sweeping import L2_HELP, TIMER_HELP
+from attnbench.cli.stored_times import StoredL2Option, StoredTimerOption, check_how
 from attnbench.cli.trace_options import (
     HeadroomOption,
+    LayerOption,
     MaxModelLenOption,
+    ModelOption,
+    RanksOption,
     RateScaleOption,
     RepresentativesOption,
     RequestRateOption,
@@ -25,6 +28,8 @@ from attnbench.cli.trace_options import (
     TraceFormatOption,
     device_rates,
     option_words,
+    requests_text,
+    trace_options,
 )
 from attnbench.errors import ExitCode, UsageError
 
@@ -44,6 +49,7 @@ class Rest(StrEnum):
 
 
 def itl(
+    ctx: typer.Context,
     trace: Annotated[Path, typer.Argument(help="File of requests, as `attnbench traffic` reads.")],
     backend: Annotated[
         list[str] | None,
@@ -52,13 +58,9 @@ def itl(
             "batch."
         ),
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="Whose layers: a registered name (llama-3-8b) or a config.json.")
-    ] = "llama-3-8b",
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
-    layer: Annotated[
-        str, typer.Option(help="More words of the layer's workload, e.g. 'kv=fp8_e4m3 block=64'.")
-    ] = "",
+    model: ModelOption = "llama-3-8b",
+    tp: RanksOption = 1,
+    layer: LayerOption = "",
     device: Annotated[
         str,
         typer.Option(help="Whose stored times and published peaks: NVIDIA H200, or nvidia-h200."),
@@ -90,8 +92,8 @@ def itl(
         ),
     ] = 0,
     results: ResultsOption = None,
-    timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
-    l2: Annotated[str, typer.Option(help=L2_HELP)] = "",
+    timer: StoredTimerOption = "",
+    l2: StoredL2Option = "",
     format: FormatOption = Format.TABLE,
 ) -> None:
     """Say what inter-token latency and throughput each backend gives a trace, by stored times."""
@@ -102,34 +104,21 @@ def itl(
     from attnbench.choose.tries import read_tries
     from attnbench.cli.model_layer import model_layer
     from attnbench.measure.environment import class_of_name
-    from attnbench.measure.options import MeasureOptions
     from attnbench.settings import load_settings
     from attnbench.store import ResultsFolder
     from attnbench.store.record import Metric
     from attnbench.traffic.model_sizes import model_sizes
     from attnbench.traffic.reduce import window_to_check, window_workloads
-    from attnbench.traffic.reduced import TraceOptions, reduced_trace
+    from attnbench.traffic.reduced import reduced_trace
 
     if check_window and load:
         raise UsageError("--load is of an answer, and --check-window gives none; leave one out")
     if load and format is not Format.JSON:
         raise UsageError("--load is told in JSON only, for the pages; add --format json")
-    if timer:
-        MeasureOptions(timer=timer)
-    if l2:
-        MeasureOptions(l2_states=(l2,))
+    check_how(timer, l2)
     name, rates = device_rates(device)
     device_class = class_of_name(name)
-    options = TraceOptions(
-        trace_format=trace_format,
-        sort_arrivals=sort_arrivals,
-        request_rate=request_rate,
-        max_model_len=max_model_len,
-        requests=requests,
-        rate_scale=rate_scale,
-        representatives=representatives,
-        headroom=headroom,
-    )
+    options = trace_options(ctx.params)
     folder = ResultsFolder(results or load_settings().results)
     tries = read_tries(folder, timer, l2)
     one = model_layer(model, tp, layer)
@@ -285,9 +274,8 @@ def _more(headroom: float) -> str:
 def _tell(
     found: UserAnswer, reduced: ReducedTrace, measured: Measured, command: str, headroom: float
 ) -> None:
-    loaded = reduced.trace
     note(
-        f"{len(loaded)} requests ({loaded.num_rejected} too long, {loaded.num_empty} empty), "
+        f"{requests_text(reduced.trace)}, "
         f"{found.num_batches} batches stand for their steps; a step is {found.scope}"
     )
     if measured.how is not None:

@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from attnbench.cli.output import note
 from attnbench.errors import UsageError
 
 if TYPE_CHECKING:
-    import typer
-
     from attnbench.backends.device import Device
     from attnbench.measure import MeasureOptions, PlannedPoint, SweepOutcome
     from attnbench.measure.environment import Environment
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from attnbench.store.header import RunHeader
     from attnbench.store.record import Measurement
     from attnbench.workload import Suite
+
+BackendOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Only this backend, NAME or NAME:variant; repeat for several."),
+]
+PresetOption = Annotated[str, typer.Option(help="Preset of the suites: smoke, nightly, full.")]
 
 TIMER_HELP = (
     "wall, event, graph, cupti_span, cupti_sum, or fake for exact made-up times. "
@@ -190,6 +196,25 @@ def measure_options(
         timeout_s=settings.timeout_s if timeout is None else timeout,
         fake_slowdown=tuple(parse_slowdown(text) for text in fake_slowdown),
     )
+
+
+def check_slowdown(options: MeasureOptions, plan: Sequence[PlannedPoint]) -> None:
+    """Raises UsageError for a rehearsed slow-down that would slow nothing of `plan` down.
+
+    `plan` is the whole one: of its shards, some may have no point of a backend.
+    """
+    from attnbench.workload.closest import did_you_mean
+
+    known = sorted({point.backend for point in plan})
+    given = Counter(name for name, _ in options.fake_slowdown)
+    for name, factor in options.fake_slowdown:
+        if given[name] > 1:
+            raise UsageError(f"--fake-slowdown {name}: given twice; leave one of them out")
+        if known and name not in known:
+            raise UsageError(
+                f"--fake-slowdown {name}={factor:g}: no point of this run is of it; "
+                f"{did_you_mean(name, known)}"
+            )
 
 
 def clock_hz(option: str, mhz: float | None) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +12,15 @@ from attnbench.errors import UsageError
 if TYPE_CHECKING:
     from attnbench.traffic.latency import DeviceRates
     from attnbench.traffic.reduced import TraceOptions
+    from attnbench.traffic.types import Trace
 
+ModelOption = Annotated[
+    str, typer.Option(help="Whose layers: a registered name (llama-3-8b) or a config.json.")
+]
+RanksOption = Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks.")]
+LayerOption = Annotated[
+    str, typer.Option(help="More words of the layer's workload, e.g. 'kv=fp8_e4m3 block=64'.")
+]
 TraceFormatOption = Annotated[str, typer.Option(help="Format of the trace; default: sniffed.")]
 MaxModelLenOption = Annotated[
     int, typer.Option(help="Of a trace: leave out requests of more tokens; 0: none.")
@@ -38,6 +47,15 @@ HeadroomOption = Annotated[
         help="Of a trace: also larger batches, as it makes at so many times the rate; 1: none."
     ),
 ]
+
+
+def trace_options(params: Mapping[str, Any]) -> TraceOptions:
+    """The options of a trace among a verb's parameters."""
+    from dataclasses import fields
+
+    from attnbench.traffic.reduced import TraceOptions
+
+    return TraceOptions(**{field.name: params[field.name] for field in fields(TraceOptions)})
 
 
 def option_words(options: TraceOptions) -> list[str]:
@@ -77,3 +95,8 @@ def device_rates(device: str, option: str = "--device") -> tuple[str, DeviceRate
         )
     peak = PEAKS[name]
     return name, DeviceRates(peak.memory_bytes_per_s, peak.matmul_flops_per_s)
+
+
+def requests_text(trace: Trace) -> str:
+    """`300 requests (2 too long, 0 empty)`: what was read of it."""
+    return f"{len(trace)} requests ({trace.num_rejected} too long, {trace.num_empty} empty)"

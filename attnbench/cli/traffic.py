@@ -12,7 +12,10 @@ import typer
 from attnbench.cli.output import Format, FormatOption, emit, note
 from attnbench.cli.trace_options import (
     HeadroomOption,
+    LayerOption,
     MaxModelLenOption,
+    ModelOption,
+    RanksOption,
     RateScaleOption,
     RepresentativesOption,
     RequestRateOption,
@@ -20,6 +23,8 @@ from attnbench.cli.trace_options import (
     SortArrivalsOption,
     TraceFormatOption,
     device_rates,
+    requests_text,
+    trace_options,
 )
 from attnbench.errors import UsageError
 
@@ -35,14 +40,11 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
 def traffic(
+    ctx: typer.Context,
     trace: Annotated[Path, typer.Argument(help="File of requests, gzipped or not.")],
-    model: Annotated[
-        str, typer.Option(help="Whose layers: a registered name (llama-3-8b) or a config.json.")
-    ] = "llama-3-8b",
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
-    layer: Annotated[
-        str, typer.Option(help="More words of the layer's workload, e.g. 'kv=fp8_e4m3 block=64'.")
-    ] = "",
+    model: ModelOption = "llama-3-8b",
+    tp: RanksOption = 1,
+    layer: LayerOption = "",
     device: Annotated[
         str,
         typer.Option(
@@ -73,28 +75,19 @@ def traffic(
     from attnbench.cli.model_layer import model_layer
     from attnbench.traffic.latency_measured import MeasuredLatency
     from attnbench.traffic.reduce import window_error
-    from attnbench.traffic.reduced import TraceOptions, reduced_trace
+    from attnbench.traffic.reduced import reduced_trace
 
     name, rates = device_rates(device)
     if out is not None and (out.suffix != ".py" or not _NAME.fullmatch(out.stem)):
         raise UsageError(f"--out {out}: name a .py file of small letters and dashes, e.g. code.py")
     one = model_layer(model, tp, layer)
-    options = TraceOptions(
-        trace_format=trace_format,
-        sort_arrivals=sort_arrivals,
-        request_rate=request_rate,
-        max_model_len=max_model_len,
-        requests=requests,
-        rate_scale=rate_scale,
-        representatives=representatives,
-        headroom=headroom,
-    )
+    options = trace_options(ctx.params)
     reduced = reduced_trace(trace, one.layer, one.sizes, tp, rates, options, one.num_layers)
-    loaded, steps, reduction = reduced.trace, reduced.steps, reduced.reduction
+    steps, reduction = reduced.steps, reduced.reduction
     attention, window = reduced.attention, reduced.reduction.held_back
     note(
-        f"{len(loaded)} requests ({loaded.num_rejected} too long, {loaded.num_empty} empty) make "
-        f"{len(steps)} steps, by a clock at the roofline of {name}"
+        f"{requests_text(reduced.trace)} make {len(steps)} steps, by a clock at the roofline of "
+        f"{name}"
     )
     seconds = _roofline_of(reduction, attention)
     model_s = MeasuredLatency(reduction.workloads, seconds, attention.num_layers)

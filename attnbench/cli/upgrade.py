@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from attnbench.cli import upgrade_cost
-from attnbench.cli.output import Format, ResultsOption, emit, note
-from attnbench.cli.sweeping import TIMER_HELP
+from attnbench.cli.output import Format, FormatOption, ResultsOption, emit, note
+from attnbench.cli.sweeping import TIMER_HELP, PresetOption
 from attnbench.errors import UsageError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def upgrade(
     replicates: upgrade_cost.ReplicatesOption = 3,
     backend: upgrade_cost.BackendOption = None,
     suite: upgrade_cost.SuiteOption = None,
-    preset: upgrade_cost.PresetOption = "smoke",
+    preset: PresetOption = "smoke",
     all: Annotated[
         bool, typer.Option("--all", help="Also list where only accepted block sizes grew.")
     ] = False,
@@ -106,9 +106,7 @@ def upgrade(
         Path | None,
         typer.Option(help="Also write everything as one page, e.g. upgrade.html.", dir_okay=False),
     ] = None,
-    format: Annotated[
-        Format, typer.Option("--format", "-f", help="How to print results on stdout.")
-    ] = Format.TABLE,
+    format: FormatOption = Format.TABLE,
 ) -> None:
     """Say which default backends change between two versions of vLLM, why, and what it costs.
 

@@ -45,7 +45,6 @@ SuiteOption = Annotated[
     list[str] | None,
     typer.Option(help="Of another dependency than vLLM: measure this suite; repeat for several."),
 ]
-PresetOption = Annotated[str, typer.Option(help="Preset of the suites: smoke, nightly, full.")]
 ReplicatesOption = Annotated[
     int, typer.Option(help="Fresh processes that measure each point of each side.")
 ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from attnbench.cli.output import Format, FormatOption, emit, note
+from attnbench.cli.sweeping import BackendOption
 from attnbench.cli.workload_options import (
     BlockSizeOption,
     DtypeOption,
@@ -35,10 +36,7 @@ def verify(
     dtype: DtypeOption = "",
     kv_cache_dtype: KVCacheDtypeOption = "",
     block_size: BlockSizeOption = 0,
-    backend: Annotated[
-        list[str] | None,
-        typer.Option(help="Only this backend, NAME or NAME:variant; repeat for several."),
-    ] = None,
+    backend: BackendOption = None,
     steps: Annotated[
         int, typer.Option(help="Decode steps after the call, each fed by the one before.")
     ] = 8,

@@ -120,3 +120,22 @@ class Run:
             self.workload.dtype,
             self.workload.resolved_kv_cache_dtype,
         )
+
+
+def formula_not_causal(batch: AttentionBatch, window: int = 0) -> torch.Tensor:
+    """(num_tokens, num_heads, v_head_size) float64: every query sees all of its request, or what is
+    less than `window` away on either side; the formula, on the batch's dense K and V."""
+    shape = batch.shape
+    repeats = shape.num_heads // shape.num_kv_heads
+    outputs = []
+    for i, request in enumerate(batch.requests):
+        start, end = batch.query_range(i)
+        key, value = (x.double().repeat_interleave(repeats, 1) for x in batch.keys_values(i))
+        logits = torch.einsum("qhd,khd->hqk", batch.query[start:end].double(), key)
+        logits *= shape.head_size**-0.5
+        if window:
+            rows = torch.arange(request.seq_len - request.query_len, request.seq_len)
+            far = (rows[:, None] - torch.arange(request.seq_len)).abs() >= window
+            logits = logits.masked_fill(far, -torch.inf)
+        outputs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), value))
+    return torch.cat(outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,16 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnbench.backends import abstract, builder, impl, metadata
+from attnbench.backends import abstract, builder, impl, metadata, subclassing
 from attnbench.backends.abstract import (
     AttentionBackend,
     AttentionConfig,
     MultipleOf,
-    subclass_attention_backend,
-    subclass_attention_backend_with_overrides,
 )
 from attnbench.backends.device import cuda_device
 from attnbench.backends.metadata import CommonAttentionMetadata
+from attnbench.backends.subclassing import (
+    subclass_attention_backend,
+    subclass_attention_backend_with_overrides,
+)
 from attnbench.workload.types import AttentionType
 from tests.backends.fakes import PLAIN, AcceptsAll, FakeBuilder
 
@@ -307,7 +310,7 @@ API: dict[str, tuple[Any, str]] = {
         "forward_mha forward_mqa fused_output_quant_supported do_kv_cache_update",
     ),
     "module": (
-        abstract,
+        SimpleNamespace(**{**vars(abstract), **vars(subclassing)}),
         (
             "AttentionType MultipleOf subclass_attention_backend "
             "subclass_attention_backend_with_overrides AttentionMetadata SparseMLAAttentionImpl"

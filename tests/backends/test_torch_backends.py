@@ -17,7 +17,7 @@ from attnbench.backends.paged_ops import quantize
 from attnbench.backends.torch_sdpa import TorchSDPABackend
 from attnbench.errors import SelectionError
 from attnbench.workload import Workload
-from tests.backends.running import CPU, Run, config_of, refusals
+from tests.backends.running import CPU, Run, config_of, formula_not_causal, refusals
 
 BACKENDS = [TorchSDPABackend, CPUAttentionBackend]
 SMALL = "dtype=fp32 heads=4/2 head_size=64"
@@ -142,19 +142,10 @@ def test_not_causal_over_the_cache(
     monkeypatch.setattr("attnbench.backends.cpu_attn_metadata._SPLIT_TILE_BYTES", 1)
     features = f"block=4 window={window}" if window else ""
     run = Run(backend, f"q12s40_q8s20_q1s9 {SMALL} {features}")
-    batch = run.batch
-    run.metadata = run.builder.build(0, batch.metadata.replace(causal=False))
+    run.metadata = run.builder.build(0, run.batch.metadata.replace(causal=False))
     output = run.attend()
-    for i, request in enumerate(batch.requests):
-        start, end = batch.query_range(i)
-        key, value = (x.double().repeat_interleave(2, 1) for x in batch.keys_values(i))
-        logits = torch.einsum("qhd,khd->hqk", batch.query[start:end].double(), key) / 8
-        rows = torch.arange(request.seq_len - request.query_len, request.seq_len)
-        if window:
-            far = (rows[:, None] - torch.arange(request.seq_len)).abs() >= window
-            logits = logits.masked_fill(far, -torch.inf)
-        expected = torch.einsum("hqk,khd->qhd", logits.softmax(-1), value)
-        torch.testing.assert_close(output[start:end].double(), expected, rtol=1e-4, atol=1e-4)
+    expected = formula_not_causal(run.batch, window)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.get_name())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from attnbench.backends.device import Device
@@ -11,6 +13,8 @@ from attnbench.choose.stored import Measured
 from attnbench.choose.tries import Try, tries_of
 from attnbench.choose.valid import Default, followed_default
 from attnbench.selection import resolve_device
+from attnbench.store import ResultsFolder
+from attnbench.store.header import RunHeader
 from attnbench.store.record import Measurement
 from attnbench.upgrade.batches import parse_batches
 from attnbench.upgrade.models import cells_of_model
@@ -30,6 +34,7 @@ FA3 = ("FLASH_ATTN", "FA3")
 FLASHINFER = ("FLASHINFER", "FA3")
 TRITON = ("TRITON_ATTN", "")
 FLEX = ("FLEX_ATTENTION", "")
+LAYERS = 32  # of llama-3-8b, whose times `chosen` asks for
 
 
 def timed(
@@ -64,6 +69,16 @@ def ended(
     ]
 
 
+def fill(folder: Path, *groups: Sequence[Measurement]) -> Path:
+    """A results folder with these rows as one more sealed run."""
+    header = RunHeader.new(argv=(), spec="", plan=(), options={}, environment={})
+    with ResultsFolder(folder).open_run(header) as run:
+        for one in (one for group in groups for one in group):
+            run.append(replace(one, run_id=run.run_id))
+        run.seal()
+    return folder
+
+
 def tries(*groups: Sequence[Measurement]) -> list[Try]:
     """As the store gives them."""
     return tries_of(table_of([one for group in groups for one in group]))
@@ -91,3 +106,11 @@ def chosen(
     ]
     settings = {"version": version, "choice_days": 30, **changes}
     return advise(parts, measured, where, defaults, **settings)
+
+
+def names(advice: Advice) -> list[str]:
+    return [line.name for line in advice.whole.lines]
+
+
+def reasons(advice: Advice) -> dict[str, str]:
+    return {one.name: one.reason for one in advice.excluded}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +20,14 @@ from attnbench.errors import UsageError
 from attnbench.measure.environment import class_of_name
 from attnbench.measure.peaks import COMPUTE_CAPABILITIES, PEAKS, capability_of_class
 from attnbench.selection import resolve_device
-from attnbench.store import ResultsFolder
-from attnbench.store.header import RunHeader
-from attnbench.store.record import Measurement
 from attnbench.traffic.reduced import TraceOptions
 from attnbench.upgrade.batches import parse_batches
 from attnbench.upgrade.cells import cell_of_shape
 from attnbench.upgrade.models import cells_of_model
 from attnbench.upgrade.probe import CellAnswer
 from attnbench.workload import Workload, get_shape
-from tests.choose.fake import FA3, FLASHINFER, FLEX, TRITON, ended, timed
+from tests.choose.fake import FA3, FLASHINFER, FLEX, TRITON, ended, fill, timed
+from tests.choose.verbs import exit_code
 
 BATCH = ("--model", "llama-3-8b", "--batch", "32q1s4k")
 
@@ -45,21 +41,8 @@ def results(tmp_path: Path) -> Path:
     )  # fmt: skip
 
 
-def fill(folder: Path, *groups: Sequence[Measurement]) -> Path:
-    header = RunHeader.new(argv=(), spec="", plan=(), options={}, environment={})
-    with ResultsFolder(folder).open_run(header) as run:
-        for one in (one for group in groups for one in group):
-            run.append(replace(one, run_id=run.run_id))
-        run.seal()
-    return folder
-
-
 def call(*arguments: str) -> int:
-    try:
-        main(["choose", *arguments])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
+    return exit_code("choose", *arguments)
 
 
 def test_an_answer_is_exit_0_and_is_saved(

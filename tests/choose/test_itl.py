@@ -6,92 +6,22 @@ import csv
 import io
 import json
 import shlex
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from attnbench.choose.itl import ROOFLINE
-from attnbench.cli.main import main
-from attnbench.store import ResultsFolder
-from attnbench.store.header import RunHeader
-from attnbench.store.record import Measurement
 from attnbench.workload import Workload, load_suites
 from attnbench.workload.ranges import expand_ranges
-from tests.choose.fake import FA3, FLASHINFER, TRITON, ended, timed
-
-LAYERS = 32
-TOKENS = 11
-REQUESTS = 300
-STEP_S = 0.064
-"""All layers: 2 ms each."""
-EVERY = ("--representatives", "24", "--rest", "none")
-
-
-@pytest.fixture
-def trace(tmp_path: Path) -> Path:
-    """One request at a time even at 64 ms a step: every gap is one step, nobody waits."""
-    path = tmp_path / "day.csv"
-    lines = [f"{i},{100 + 37 * (i * 7 % 100)},{TOKENS}" for i in range(REQUESTS)]
-    path.write_text("\n".join(["arrival_s,input_tokens,output_tokens", *lines]), encoding="utf-8")
-    return path
-
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(
-    tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Call:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str, verb: str = "itl") -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = 0
-        try:
-            main([verb, *words])
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
-
-
-@pytest.fixture
-def batches(call: Call, tmp_path: Path) -> list[str]:
-    """What the suite that `attnbench traffic` writes measures."""
-    (tmp_path / "suites").mkdir()
-    words = ("day.csv", "--representatives", "24", "--out", "suites/day.py")
-    code, _, err = call(*words, verb="traffic")
-    assert code == 0, err
-    return [one.text for one in load_suites(tmp_path / "suites")["day"].workloads("full")]
-
-
-def fill(*groups: Sequence[Measurement]) -> None:
-    header = RunHeader.new(argv=(), spec="", plan=(), options={}, environment={})
-    with ResultsFolder(Path("results")).open_run(header) as run:
-        for one in (one for group in groups for one in group):
-            run.append(replace(one, run_id=run.run_id))
-        run.seal()
-
-
-def constant(
-    who: tuple[str, str], batches: Sequence[str], layer_s: Sequence[float], **more: Any
-) -> list[Measurement]:
-    more = {"timer": "fake", **more}
-    return [row for text in batches for row in timed(who, layer_s, text, **more)]
-
-
-def rows_of(out: str) -> dict[str, dict[str, Any]]:
-    return {row["backend"]: row for row in json.loads(out)["backends"]}
+from tests.choose.day import EVERY, REQUESTS, RESULTS, STEP_S, TOKENS, constant, rows_of
+from tests.choose.fake import FA3, FLASHINFER, LAYERS, TRITON, ended, fill, timed
+from tests.choose.verbs import Call
 
 
 def test_constant_steps_are_the_latency_and_the_throughput(call: Call, batches: list[str]) -> None:
     fill(
+        RESULTS,
         constant(FA3, batches, [STEP_S / LAYERS] * 3),
         constant(TRITON, batches, [0.5 * STEP_S / LAYERS] * 3),
     )
@@ -123,7 +53,7 @@ def test_constant_steps_are_the_latency_and_the_throughput(call: Call, batches: 
 
 def test_the_rest_of_a_step_is_added_and_labelled(call: Call, batches: list[str]) -> None:
     """One token of Llama 3 8B reads its 7.5e9 weights outside the embedding once, at 4.8 TB/s."""
-    fill(constant(FA3, batches, [STEP_S / LAYERS] * 3))
+    fill(RESULTS, constant(FA3, batches, [STEP_S / LAYERS] * 3))
     words = ("--representatives", "24", "--timer", "fake", "-f", "json")
     code, out, err = call("day.csv", *words)
     assert code == 0, err
@@ -145,7 +75,7 @@ def test_errors_of_the_parts_reach_the_result(call: Call, batches: list[str]) ->
         for row in timed(TRITON, [layer_s * (1 + index % 2)] * 3, text, timer="fake")
     ]
     noisy = constant(FA3, batches, [0.8 * layer_s, layer_s, 1.2 * layer_s])
-    fill(noisy, uneven, constant(FLASHINFER, batches, [layer_s]))
+    fill(RESULTS, noisy, uneven, constant(FLASHINFER, batches, [layer_s]))
     code, out, err = call("day.csv", *EVERY, "--timer", "fake", "-f", "json")
     assert code == 0, err
     found = rows_of(out)
@@ -164,7 +94,7 @@ def test_errors_of_the_parts_reach_the_result(call: Call, batches: list[str]) ->
 
 def test_slower_steps_make_larger_batches_and_that_is_said(call: Call, batches: list[str]) -> None:
     """Two seconds a step for a request a second: the closed loop piles them up."""
-    fill(constant(FA3, batches, [2.0 / LAYERS] * 3))
+    fill(RESULTS, constant(FA3, batches, [2.0 / LAYERS] * 3))
     code, out, err = call("day.csv", *EVERY, "--timer", "fake", "-f", "json")
     assert code == 0, err
     found = rows_of(out)["FLASH_ATTN:FA3"]
@@ -178,6 +108,7 @@ def test_slower_steps_make_larger_batches_and_that_is_said(call: Call, batches: 
 def test_what_is_not_measured_is_exit_3_with_one_command(call: Call, batches: list[str]) -> None:
     layer_s = [STEP_S / LAYERS] * 3
     fill(
+        RESULTS,
         constant(FA3, batches[1:], layer_s),
         ended(FA3, "NOISY", batches[0], timer="fake"),
         constant(FLASHINFER, batches[2:], layer_s),
@@ -244,7 +175,7 @@ def test_nothing_stored_is_the_lower_bound_and_the_suite_to_measure(call: Call) 
 
 @pytest.mark.parametrize("format", ["table", "markdown"])
 def test_limits_stand_behind_the_number(call: Call, batches: list[str], format: str) -> None:
-    fill(constant(FA3, batches, [STEP_S / LAYERS] * 3))
+    fill(RESULTS, constant(FA3, batches, [STEP_S / LAYERS] * 3))
     code, out, _ = call("day.csv", *EVERY, "--device", "nvidia-h200", "--timer=fake", "-f", format)
     assert code == 0
     assert "64 [64, 64]" in out
@@ -278,117 +209,6 @@ def test_bad_input_is_exit_2_in_one_line(call: Call, words: tuple[str, ...], sai
     assert out == ""
 
 
-# --- the window that chose nothing ----------------------------------------------------------------
-def layer_seconds(text: str) -> float:
-    """A kernel that is a line in what the batches' features say: 3 us, tokens read, new tokens."""
-    requests = Workload.parse(text).requests
-    return 3e-6 + sum(2e-9 * one.seq_len + 5e-9 * one.query_len for one in requests)
-
-
-def of_line(who: tuple[str, str], texts: Sequence[str], factor: float = 1.0) -> list[Measurement]:
-    return [
-        row
-        for text in texts
-        for row in timed(who, factor * layer_seconds(text), text, timer="fake")
-    ]
-
-
-@pytest.fixture
-def window(call: Call, batches: list[str], tmp_path: Path) -> dict[str, float]:
-    """The steps of the window as `attnbench traffic` writes them, and how often each is there."""
-    words = ("day.csv", "--representatives", "24", "--check-window", "500")
-    code, out, err = call(*words, "--out", "suites/day-window.py", "-f", "json", verb="traffic")
-    assert code == 0, err
-    assert "attnbench run --suite day-window --preset full" in err
-    steps = {row["workload"]: row["steps"] for row in json.loads(out)}
-    suite = load_suites(tmp_path / "suites")["day-window"]
-    assert {one.text for one in suite.workloads("full")} == set(steps)
-    return steps
-
-
-CHECK = ("day.csv", "--representatives", "24", "--timer", "fake", "--check-window", "500")
-
-
-def test_the_window_is_the_schedule_itself(window: dict[str, float]) -> None:
-    """One request at a time: 500 steps are 45 whole requests and a bit, contexts counted by one."""
-    assert sum(window.values()) == 500
-    prompts = {100 + 37 * (i * 7 % 100) for i in range(REQUESTS)}
-    for text in window:
-        (request,) = Workload.parse(text).requests
-        if request.query_len > 1:
-            assert request.query_len == request.seq_len
-            assert request.seq_len in prompts
-        else:
-            assert any(0 < request.seq_len - prompt < TOKENS for prompt in prompts)
-    contexts = {request.seq_len for text in window for request in Workload.parse(text).requests}
-    assert any(context % 2 for context in contexts if context > 64)  # not rounded
-
-
-def test_the_prediction_of_the_window_is_held_against_its_times(
-    call: Call, batches: list[str], window: dict[str, float]
-) -> None:
-    steps = [text for text in window if text not in batches]
-    fill(
-        of_line(FA3, [*batches, *steps]),
-        of_line(TRITON, batches), of_line(TRITON, steps, 1.04),
-        of_line(FLASHINFER, [*batches, *steps[1:]]),
-    )  # fmt: skip
-    code, out, err = call(*CHECK, "--backend", "FLASH_ATTN:FA3", "-f", "json")
-    assert code == 0, err
-    (one,) = json.loads(out)
-    assert one["steps"] == 500
-    assert one["batches"] == len(window)
-    assert one["within"]
-    assert abs(one["total_error_pct"]) < 1
-    assert abs(one["p99_error_pct"]) < 3
-    # Without anybody named: who has all times. Triton's steps are 4 % slower than it predicts.
-    code, out, err = call(*CHECK, "-f", "json")
-    assert code == 1
-    found = {row["backend"]: row for row in json.loads(out)}
-    assert set(found) == {"FLASH_ATTN:FA3", "TRITON_ATTN"}
-    assert not found["TRITON_ATTN"]["within"]
-    slower = found["TRITON_ATTN"]["total_error_pct"] - one["total_error_pct"]
-    assert slower == pytest.approx(100 * (1 / 1.04 - 1), abs=0.3)
-    # One that was asked for lacks a step.
-    code, out, err = call(*CHECK, "--backend", "FLASHINFER:FA3", "-f", "csv")
-    assert code == 3
-    assert "FLASHINFER:FA3: of" in err
-    assert "1 not measured" in err
-    command = shlex.split(err.split("to measure: ")[1])
-    assert command[:3] == ["attnbench", "run", steps[0]]
-
-
-def test_a_window_that_nobody_measured_is_exit_3_with_the_commands(
-    call: Call, batches: list[str], window: dict[str, float]
-) -> None:
-    code, out, err = call(*CHECK, "-f", "json")
-    assert (code, json.loads(out)) == (3, [])
-    first, second, third = (shlex.split(one) for one in err.split("to measure: ")[1].split("&&"))
-    assert first[-1] == "suites/day.py"
-    assert second[-4:] == ["--check-window", "500", "--out", "suites/day-window.py"]
-    assert third[:6] == ["attnbench", "run", "--suite", "day", "--suite", "day-window"]
-    Path("suites/day-window.py").unlink()
-    assert call(*second[2:], verb="traffic")[0] == 0
-    assert {one.text for one in load_suites(Path("suites"))["day-window"].workloads("full")} == set(
-        window
-    )
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("--check-window", "499"), "give 500 to"),
-        (("--check-window", "501"), "500 steps are held back"),
-        (("--check-window", "-1"), "give 500 to"),
-        (("--check-window", "500", "--load", "2", "-f", "json"), "leave one out"),
-    ],
-)
-def test_a_window_that_is_none(call: Call, words: tuple[str, ...], said: str) -> None:
-    code, out, err = call("day.csv", "--representatives", "24", *words)
-    assert (code, out) == (2, "")
-    assert said in err
-
-
 def test_one_noisy_process_among_many_bars_nobody(call: Call, batches: list[str]) -> None:
     layer_s = STEP_S / LAYERS
     steady = constant(FA3, batches, [layer_s] * 3)
@@ -397,7 +217,7 @@ def test_one_noisy_process_among_many_bars_nobody(call: Call, batches: list[str]
         replace(row, status="NOISY") if row.replicate == 0 else row
         for row in constant(TRITON, batches, [layer_s] * 3)
     ]
-    fill(steady, restless)
+    fill(RESULTS, steady, restless)
     asked = ("--backend", "FLASH_ATTN:FA3", "--backend", "TRITON_ATTN")
     code, out, err = call("day.csv", *EVERY, *asked, "--timer", "fake", "-f", "json")
     assert code == 3

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,19 +18,17 @@ import pytest
 import torch
 
 from attnbench.choose.itl_rest import STEP_BATCHES
-from attnbench.cli.main import main
 from attnbench.measure import peaks
 from attnbench.measure.environment import read_environment
 from attnbench.measure.peaks import Peak
 from attnbench.selection import current_device
 from attnbench.store import ResultsFolder
-from attnbench.store.header import RunHeader
 from attnbench.store.schema import table_to_rows
 from attnbench.workload import Workload
 from attnbench.workload.model import step_bytes, step_flops
 from attnbench.workload.ranges import expand_ranges
-
-Call = Callable[..., tuple[int, str, str]]
+from tests.choose.fake import fill
+from tests.choose.verbs import Call, typed
 
 CONFIG = {
     "hidden_size": 64,
@@ -63,17 +61,10 @@ def call(
     Path("day.csv").write_text("\n".join(lines), encoding="utf-8")
 
     def run(verb: str, *words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = 0
         extra = ["--timer", "fake"]
         if verb == "itl":
             extra += ["--device", device_class, "--representatives", "20", "--model", "config.json"]
-        try:
-            main([verb, *words, *extra])
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        return typed(capsys, verb, *words, *extra)
 
     yield run
     torch.set_num_threads(threads)
@@ -157,7 +148,7 @@ def test_steps_of_another_model_or_that_failed_are_not_these(call: Call) -> None
     # Steps whose attention by itself nobody measured, and steps that were held back.
     assert call("run", "{q2s9,q16}", *step, "--model", "config.json", "--results", "own")[0] == 0
     rows = ResultsFolder(Path("own")).table(where={"metric": "step"})
-    fill(table_to_rows(rows))
+    fill(Path("results"), table_to_rows(rows))
     code, _, err = call("itl", *asked)
     assert code == 2
     assert "attention of a batch by itself has no time of the same kind" in err
@@ -166,21 +157,15 @@ def test_steps_of_another_model_or_that_failed_are_not_these(call: Call) -> None
         replace(row, status="THROTTLED", samples=(), started_at=row.started_at + later)
         for row in table_to_rows(rows)
     ]
-    fill(held_back)
+    fill(Path("results"), held_back)
     code, _, err = call("itl", *asked)
     assert code == 2
     assert "a step ended as THROTTLED" in err
 
 
-def fill(rows: list[Any]) -> None:
-    header = RunHeader.new(argv=(), spec="", plan=(), options={}, environment={})
-    with ResultsFolder(Path("results")).open_run(header) as run:
-        for row in rows:
-            run.append(replace(row, run_id=run.run_id))
-        run.seal()
-
-
-def test_a_run_of_steps_is_planned_and_gone_on_with(call: Call) -> None:
+def test_a_run_of_steps_is_planned_and_gone_on_with(
+    call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ("q4s9", "--metric", "step", "--model", "config.json", "--backend", "CPU_ATTN")
     code, out, _ = call(
         "run", *words, "--step-layers", "1", "--step-layers", "9", "--dry-run", "-fjson"
@@ -193,23 +178,9 @@ def test_a_run_of_steps_is_planned_and_gone_on_with(call: Call) -> None:
         f"{layer} layers=6 model=64:96:100",  # no more than the model has
     ]
     assert call("run", *words)[0] == 0
-    code, _, err = call_without_timer("run", "--resume", "last")
+    code, _, err = typed(capsys, "run", "--resume", "last")
     assert code == 0, err
     assert "0 points, 3 already there" in err
-
-
-def call_without_timer(*words: str) -> tuple[int, str, str]:
-    import contextlib
-    import io
-
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([*words])
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-    return code, out.getvalue(), err.getvalue()
 
 
 def test_a_named_model_is_the_shape_and_its_ranks(call: Call) -> None:

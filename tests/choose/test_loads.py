@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from attnbench.choose.loads import SHARES, concurrency, curves
-from attnbench.cli.main import main
 from attnbench.traffic.itl import UserLatency
 from attnbench.traffic.types import StepBatches
+from tests.choose.day import write_day
+from tests.choose.verbs import typed
 
 ITL = np.array([0.4, 0.1, 0.2, 0.3])
 TOKENS = np.array([1, 5, 3, 1])
@@ -54,24 +54,10 @@ def test_concurrency_is_weighted_by_time() -> None:
     assert concurrency(steps) == pytest.approx((1 * 3 + 4 * 1) / 4)
 
 
-def say(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
-    with suppress(SystemExit):
-        main(["itl", *words])
-    printed = capsys.readouterr()
-    return printed.out, printed.err
-
-
-@pytest.fixture
-def trace(tmp_path: Path) -> Path:
-    lines = [f"{i / 2},{100 + 37 * (i * 7 % 100)},11" for i in range(301)]
-    path = tmp_path / "day.csv"
-    path.write_text("\n".join(["arrival_s,input_tokens,output_tokens", *lines]), encoding="utf-8")
-    return path
-
-
-def test_the_answer_at_other_loads(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_answer_at_other_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = write_day(tmp_path, 301, gap_s=0.5)
     words = (str(trace), "--representatives", "24", "--results", str(trace.parent / "none"))
-    out, _ = say(capsys, *words, "-f", "json", "--load", "0.5", "--load", "20")
+    _, out, _ = typed(capsys, "itl", *words, "-f", "json", "--load", "0.5", "--load", "20")
     answer = json.loads(out)
     assert answer["kind"] == "itl"
     assert (answer["trace"], answer["requests"], answer["timer"]) == ("day.csv", 301, None)
@@ -87,10 +73,8 @@ def test_the_answer_at_other_loads(trace: Path, capsys: pytest.CaptureFixture[st
     middle = answer["shares"].index(0.5)
     assert one["curves"]["itl_ms"][middle] == pytest.approx(one["itl_p50_ms"]["value"])
     assert one["curves"]["itl_ms"][99] == pytest.approx(one["itl_p99_ms"]["value"])
-    for said in (
-        say(capsys, *words, "--load", "2")[1],
-        say(capsys, *words, "-f", "json", "--load", "0")[1],
-        say(capsys, *words, "-f", "json", "--load", "nan")[1],
-    ):
-        assert "--load" in said or "rate scale" in said
-        assert "Traceback" not in said
+    for bad in (["--load", "2"], ["-f", "json", "--load", "0"], ["-f", "json", "--load", "nan"]):
+        code, _, err = typed(capsys, "itl", *words, *bad)
+        assert code == 2
+        assert "--load" in err or "rate scale" in err
+        assert "Traceback" not in err

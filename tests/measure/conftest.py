@@ -1,4 +1,4 @@
-"""A package of misbehaving backends, installed the way a vendor's would be: by entry points."""
+"""Points by the fake timer, and a package of misbehaving backends, installed as a vendor's is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 
 from attnbench.backends import registry
+from attnbench.backends.device import Device
+from attnbench.measure.environment import read_environment
+from attnbench.measure.options import MeasureOptions
+from attnbench.measure.point import PointContext
+from attnbench.measure.timers import FakeTimer
+from attnbench.measure.truth import TruthCache
 
 MODULE = '''
 """Backends that fail in one way each, on top of one that works."""
@@ -129,3 +135,20 @@ def installed(
     sys.modules.pop(module, None)
     monkeypatch.undo()
     registry.reload_entry_points()
+
+
+@pytest.fixture(scope="module")
+def context() -> PointContext:
+    """Points on the CPU by the fake timer."""
+    cpu = Device("cpu")
+    return PointContext(
+        run_id="20261121T000000Z-000000",
+        replicate=0,
+        device=cpu,
+        environment=read_environment(cpu),
+        options=MeasureOptions(timer="fake"),
+        timer=FakeTimer(),
+        timer_floor_s=0.0,
+        host_floor_s=0.0,
+        truths=TruthCache(),
+    )

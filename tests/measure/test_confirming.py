@@ -150,6 +150,10 @@ def test_what_shows_nothing_any_more_is_given_up_and_the_rest_goes_on(
     assert found["TORCH_SDPA"].reasons[0] is Reason.NOT_CONFIRMED
     assert "1 points show nothing any more: not measured further" in lines
     assert lines[-1] == "round 10 of 10: 1 points"
+    # Gone on with when it is done, it says so, and nothing else.
+    lines.clear()
+    confirm(calm, PLAN, VerdictSettings(), tell=lines.append)
+    assert lines == ["2 points were measured again already"]
 
 
 class Killed(BaseException):

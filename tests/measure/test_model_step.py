@@ -262,21 +262,6 @@ def test_a_step_is_not_verified_by_steps() -> None:
 # Points
 
 
-@pytest.fixture
-def context() -> PointContext:
-    return PointContext(
-        run_id="20261121T000000Z-000000",
-        replicate=0,
-        device=CPU,
-        environment=read_environment(CPU),
-        options=MeasureOptions(timer="fake"),
-        timer=FakeTimer(),
-        timer_floor_s=0.0,
-        host_floor_s=0.0,
-        truths=TruthCache(),
-    )
-
-
 def measured(text: str, backend: str, context: PointContext) -> Measurement:
     (row,) = measure_point(PlannedPoint(Workload.parse(text), backend), context)
     return row

@@ -11,8 +11,6 @@ import torch
 from attnbench.backends.check import check_output
 from attnbench.backends.device import Device
 from attnbench.backends.registry import get_backend_class
-from attnbench.measure.environment import read_environment
-from attnbench.measure.options import MeasureOptions
 from attnbench.measure.plan import PlannedPoint, plan_workloads
 from attnbench.measure.point import PointContext, measure_point, untimed_reason
 from attnbench.measure.prepare import prepare
@@ -25,21 +23,6 @@ from attnbench.workload.cost import attention_bytes, attention_flops
 CPU = Device("cpu")
 SMALL = Workload.parse("3q1s40_1q7s7 heads=4/2 head_size=32 dtype=fp32")
 MLA = Workload.parse("2q1s40_1q9s9 shape=deepseek-v2-lite dtype=fp32")
-
-
-@pytest.fixture(scope="module")
-def context() -> PointContext:
-    return PointContext(
-        run_id="20261121T000000Z-000000",
-        replicate=0,
-        device=CPU,
-        environment=read_environment(CPU),
-        options=MeasureOptions(timer="fake"),
-        timer=FakeTimer(),
-        timer_floor_s=0.0,
-        host_floor_s=0.0,
-        truths=TruthCache(),
-    )
 
 
 def one(rows: list[Measurement]) -> Measurement:

@@ -43,7 +43,13 @@ def test_fake_slowdown_multiplies_one_backend() -> None:
     assert slow.seconds(other) == FakeTimer().seconds(other)
 
 
-@pytest.mark.parametrize("text", ["CPU_ATTN", "CPU_ATTN=", "CPU_ATTN=fast", "CPU_ATTN=-1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("CPU_ATTN", "CPU_ATTN=", "CPU_ATTN=fast", "CPU_ATTN=-1", "CPU_ATTN=0"),
+        *("CPU_ATTN=nan", "CPU_ATTN=inf", "=2"),
+    ],
+)
 def test_a_wrong_slowdown_says_how_to_write_one(text: str) -> None:
     with pytest.raises(UsageError, match=r"CPU_ATTN=1\.2"):
         parse_slowdown(text)

@@ -166,39 +166,6 @@ def test_calibration_keeps_weights_positive_where_totals_cannot_be_met() -> None
     assert ((weights >= counts / 4) & (weights <= counts * 4)).all()
 
 
-def test_a_model_is_exact_where_it_was_measured_and_left_out_errors_are_honest() -> None:
-    steps = real_steps("azure", 800)
-    reduction = reduce_steps(steps, LAYER, 96)
-    batches = batches_of_workloads(reduction.workloads)
-    seconds = rugged_seconds(batches)
-    model = MeasuredLatency(reduction.workloads, seconds, 1)
-    again = model.of_entries(batches.step_offsets, batches.query_len, batches.context_len)
-    np.testing.assert_allclose(again, seconds, rtol=1e-4)
-    errors = model.left_out_errors()
-    really = np.empty(len(seconds))
-    for index in range(0, len(seconds), 8):
-        kept = [i for i in range(len(seconds)) if i != index]
-        without = MeasuredLatency([reduction.workloads[i] for i in kept], seconds[kept], 1)
-        one = slice(int(batches.step_offsets[index]), int(batches.step_offsets[index + 1]))
-        really[index] = without(batches.query_len[one], batches.context_len[one]) / seconds[index]
-    really = np.abs(really[::8] - 1.0)
-    # Terms are fitted without more than the one, so these are rather too large than too small.
-    assert really.mean() / 1.5 < np.abs(errors).mean() < 4 * really.mean()
-
-
-def test_the_time_of_a_batch_left_out_is_not_looked_at() -> None:
-    steps = real_steps("azure", 800)
-    workloads = reduce_steps(steps, LAYER, 64).workloads
-    seconds = roofline_seconds(batches_of_workloads(workloads))
-    model = MeasuredLatency(workloads, seconds, 1)
-    before = model.left_out_errors()
-    for index in (0, 5, 40):
-        model.seconds = seconds.copy()
-        model.seconds[index] *= 3.0
-        after = model.left_out_errors()
-        assert 3.0 * (1.0 + after[index]) == pytest.approx(1.0 + before[index], rel=1e-9)
-
-
 def test_bad_input_is_refused() -> None:
     steps = real_steps("azure", 800)
     with pytest.raises(UsageError, match="16 or more"):

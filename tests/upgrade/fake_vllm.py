@@ -1,7 +1,8 @@
 """A vLLM of a few hundred lines in each shape its selector's API has had.
 
 `write(folder, shape)` writes the package and its dist-info. Only what the probe touches exists; the
-backends are three with known rules, so that every answer can be worked out by hand:
+backends (`fake_vllm_backends`) are three with known rules, so that every answer can be worked out
+by hand:
 
 - ALPHA: head sizes 64 and 128, compute capability 8.0 and later, no multimodal prefix, needs the
   extension `vllm._C`.
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
+
+from tests.upgrade import fake_vllm_backends as backends
 
 Shape = Literal["old", "new", "future"]
 VERSIONS = {"old": "0.22.9", "new": "0.30.9", "future": "9.9.9"}
@@ -138,35 +141,6 @@ class AttentionBackendEnum(Enum):
         return getattr(importlib.import_module(module), name)
 """
 
-_BACKEND = """
-class MultipleOf:
-    def __init__(self, base):
-        self.base = base
-class Support:
-    def __init__(self, name):
-        self.name = name
-class Builder:
-    reorder_batch_threshold = 1
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config, kv_cache_spec):
-        return Support("{graphs}")
-class AttentionBackend:
-    @staticmethod
-    def get_builder_cls():
-        return Builder
-    @staticmethod
-    def get_supported_kernel_block_sizes():
-        return [MultipleOf(16)]
-    @classmethod
-    def get_preferred_block_size(cls, default):
-        return default
-    @classmethod
-    {layout}
-    @classmethod
-    def get_name(cls):
-        return "a name of its own"
-"""
-
 _SELECTOR = """
 from functools import cache
 from typing import NamedTuple
@@ -203,78 +177,6 @@ def _cached(backend, asked, num_heads):
         backend, attn_selector_config=asked, num_heads=num_heads)
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
-"""
-
-_ALPHA = """
-import vllm._C
-from vllm.v1.attention.backend import AttentionBackend
-class AlphaBackend(AttentionBackend):
-    @classmethod
-    def validate_configuration(cls, device_capability, head_size, use_sparse, has_sink, **_rest):
-        reasons = []
-        if head_size not in (64, 128):
-            reasons.append("head_size not supported")
-        if use_sparse:
-            reasons.append("sparse not supported")
-        if has_sink:
-            reasons.append("attention sinks not supported")
-        if tuple(device_capability) < (8, 0):
-            reasons.append("compute capability not supported")
-        if _rest["use_mm_prefix"]:
-            reasons.append("partial multimodal token full attention not supported")
-        if {window} and _rest["has_sliding_window"]:
-            reasons.append("sliding window not supported")
-        return reasons
-"""
-
-_BETA = """
-import os
-from functools import cache
-import flashy
-from vllm.v1.attention.backend import AttentionBackend
-@cache
-def has_cubins():
-    if os.environ["VLLM_HAS_FLASHINFER_CUBIN"] == "1":
-        return True
-    import socket
-    try:
-        socket.create_connection(("kernels.example.org", 443), timeout=5)
-    except OSError:
-        return False
-    return True
-class BetaBackend(AttentionBackend):
-    @classmethod
-    def validate_configuration(cls, device_capability, use_sparse, has_sink, **_rest):
-        reasons = []
-        if use_sparse:
-            reasons.append("sparse not supported")
-        if has_sink and not has_cubins():
-            reasons.append("attention sinks not supported")
-        if {floor} and tuple(device_capability) < (8, 0):
-            reasons.append("compute capability not supported")
-        return reasons
-"""
-
-_GAMMA = """
-from vllm.v1.attention.backend import AttentionBackend
-class GammaBackend(AttentionBackend):
-    @classmethod
-    def validate_configuration(cls, **_rest):
-        return []
-"""
-
-_ROCM = _GAMMA.replace("Gamma", "Rocm")
-
-_DELTA = """
-from vllm.v1.attention.backend import AttentionBackend
-class DeltaBackend(AttentionBackend):
-    @classmethod
-    def validate_configuration(cls, **_rest):
-        try:
-            import cleverdsl
-        except Exception as error:
-            return [f"the DSL entry point failed: {error!r}"]
-        return []
 """
 
 _CONFIG_VLLM = """
@@ -373,7 +275,9 @@ def write(folder: Path, shape: Shape = "old") -> Path:
         "v1/__init__": "",
         "v1/kv_cache_interface": _SPECS,
         "v1/attention/__init__": "",
-        "v1/attention/backend": _BACKEND.format(layout=layout, graphs="ALWAYS" if new else "NEVER"),
+        "v1/attention/backend": backends.BACKEND.format(
+            layout=layout, graphs="ALWAYS" if new else "NEVER"
+        ),
         "v1/attention/selector": _SELECTOR.format(
             fields="has_sliding_window: bool = False" if new else "",
             arguments=", has_sliding_window=False" if new else "",
@@ -384,11 +288,11 @@ def write(folder: Path, shape: Shape = "old") -> Path:
         "v1/attention/backends/registry": _REGISTRY.format(
             delta='DELTA = "vllm.v1.attention.backends.delta.DeltaBackend"' if new else ""
         ),
-        "v1/attention/backends/alpha": _ALPHA.format(window=new),
-        "v1/attention/backends/beta": _BETA.format(floor=new),
-        "v1/attention/backends/gamma": _GAMMA,
-        "v1/attention/backends/rocm": _ROCM,
-        "v1/attention/backends/delta": _DELTA if new else "",
+        "v1/attention/backends/alpha": backends.ALPHA.format(window=new),
+        "v1/attention/backends/beta": backends.BETA.format(floor=new),
+        "v1/attention/backends/gamma": backends.GAMMA,
+        "v1/attention/backends/rocm": backends.ROCM,
+        "v1/attention/backends/delta": backends.DELTA if new else "",
     }
     for name, text in files.items():
         path = folder / "vllm" / f"{name}.py"

@@ -21,7 +21,7 @@ from attnbench.workload import Workload
 from tests.backends.aiter.conftest import Install
 from tests.backends.aiter.fake_library import RECORDS
 from tests.backends.aiter.workloads import LATENT, LATENT_WORKLOADS, SMALL, WORKLOADS
-from tests.backends.running import Run, config_of
+from tests.backends.running import Run, config_of, formula_not_causal
 
 MI350 = Device("rocm", "gfx950")
 MI300 = Device("rocm", "gfx942")
@@ -158,19 +158,10 @@ def test_flash_takes_requests_together_up_to_a_number_of_keys(
 def test_flash_not_causal(install: Install, window: int) -> None:
     install("aiter-main")
     run = Run(Flash, f"q12s40_q8s20_q1s9 {SMALL} {f'window={window}' if window else ''}")
-    batch = run.batch
-    run.metadata = run.builder.build(0, batch.metadata.replace(causal=False))
+    run.metadata = run.builder.build(0, run.batch.metadata.replace(causal=False))
     output = run.attend()
-    for i, request in enumerate(batch.requests):
-        start, end = batch.query_range(i)
-        key, value = (x.double().repeat_interleave(2, 1) for x in batch.keys_values(i))
-        logits = torch.einsum("qhd,khd->hqk", batch.query[start:end].double(), key) / 8
-        rows = torch.arange(request.seq_len - request.query_len, request.seq_len)
-        if window:
-            far = (rows[:, None] - torch.arange(request.seq_len)).abs() >= window
-            logits = logits.masked_fill(far, -torch.inf)
-        expected = torch.einsum("hqk,khd->qhd", logits.softmax(-1), value)
-        torch.testing.assert_close(output[start:end].double(), expected, rtol=2e-2, atol=2e-2)
+    expected = formula_not_causal(run.batch, window)
+    torch.testing.assert_close(output.double(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_unified_is_one_call_and_refuses_a_batch_that_is_not_causal(install: Install) -> None:

@@ -61,7 +61,8 @@ def operator(record: str, name: str, body: Callable[..., Any], calls: list[Call]
     return with_signature(signature, name, body, calls)
 
 
-def _module(patch: pytest.MonkeyPatch, name: str) -> ModuleType:
+def importable(patch: pytest.MonkeyPatch, name: str) -> ModuleType:
+    """An empty module of this name, and the packages it is in."""
     parts = name.split(".")
     for depth in range(1, len(parts)):
         package = ".".join(parts[:depth])
@@ -78,7 +79,7 @@ def install(patch: pytest.MonkeyPatch, record: str) -> list[Call]:
     """Make one recorded library importable. Returns its calls, filled as they come."""
     calls: list[Call] = []
     facts = RECORDED[record]
-    module = _module(patch, facts["module"]) if facts["module"] else ModuleType("nothing")
+    module = importable(patch, facts["module"]) if facts["module"] else ModuleType("nothing")
     for path in facts["functions"]:
         if path not in BODIES:
             continue
@@ -91,7 +92,7 @@ def install(patch: pytest.MonkeyPatch, record: str) -> list[Call]:
             setattr(module, name, type(name, (), {}))
         setattr(getattr(module, name), method, function)
     if ops := facts.get("ops"):
-        _module(patch, ops["module"])
+        importable(patch, ops["module"])
         names = [name for name in ops if name in BODIES]
         made = {name: operator(record, name, BODIES[name], calls) for name in names}
         patch.setattr(torch.ops, ops["namespace"], SimpleNamespace(**made), raising=False)

@@ -8,8 +8,6 @@ of `flash_mla_interface.py`. The cache's bytes are decoded by hand here, with nu
 from __future__ import annotations
 
 import math
-import sys
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ import pytest
 import torch
 
 from tests.backends.flash_attn.fake_library import Call, check
-from tests.backends.mla.fake_library import RECORDED, signature_of, with_signature
+from tests.backends.mla.fake_library import RECORDED, importable, signature_of, with_signature
 
 RANK, ROPE, ROW = 512, 64, 656
 
@@ -138,16 +136,7 @@ def with_kvcache(a: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def install(patch: pytest.MonkeyPatch, record: str) -> list[Call]:
     """Make one recorded FlashMLA importable, its sparse functions only. Returns its calls."""
     calls: list[Call] = []
-    name = RECORDED[record]["module"]
-    parts = name.split(".")
-    for depth in range(1, len(parts)):
-        package = ".".join(parts[:depth])
-        if package not in sys.modules:
-            made = ModuleType(package)
-            made.__path__ = []
-            patch.setitem(sys.modules, package, made)
-    module = ModuleType(name)
-    patch.setitem(sys.modules, name, module)
+    module = importable(patch, RECORDED[record]["module"])
     bodies = {
         "flash_mla_sparse_fwd": sparse_fwd,
         "flash_mla_with_kvcache": with_kvcache,

@@ -11,7 +11,7 @@ import torch
 from attnbench.backends import cutlass_mla, flash_attn_mla, mla_prefill
 from attnbench.backends.builder import AttentionCGSupport
 from attnbench.backends.check import check_output, poison_
-from attnbench.backends.mla_backend import QueryLenSupport, count_decodes
+from attnbench.backends.mla_builder import QueryLenSupport, count_decodes
 from attnbench.backends.mla_libraries import MLA_LIBRARIES
 from attnbench.backends.mla_prefill_library import PREFILLS
 from attnbench.backends.paged_ops import quantize

@@ -6,23 +6,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import pynvml
 import pytest
 
 from attnbench.errors import InfrastructureError, UsageError
-from attnbench.measure.gpu import nvml
 from attnbench.measure.gpu.locked_clocks import locked_clocks
-from tests.measure.gpu.fake_nvml import UUID, FakeNvml, install, nvml_error
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNvml]:
-    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
-    yield install()
-    nvml._find_device.cache_clear()
-    nvml._start.cache_clear()
+from tests.measure.gpu.fake_nvml import UUID, FakeNvml, nvml_error
 
 
 def test_locked_inside_and_free_after(fake: FakeNvml) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pynvml
@@ -23,7 +21,7 @@ from attnbench.measure.gpu.nvml import (
     reason_names,
     throttle_reasons,
 )
-from tests.measure.gpu.fake_nvml import MIG_UUID, UUID, FakeNvml, install, nvml_error
+from tests.measure.gpu.fake_nvml import MIG_UUID, UUID, FakeNvml, nvml_error
 
 NOT_SUPPORTED = nvml_error(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
@@ -41,14 +39,6 @@ EXPECTED = {
     "gpu_throttle_bits": 1.0,
     "gpu_clocks_locked": 0.0,
 }
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNvml]:
-    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
-    yield install()
-    nvml._find_device.cache_clear()
-    nvml._start.cache_clear()
 
 
 def test_every_reading_in_its_unit(fake: FakeNvml) -> None:
