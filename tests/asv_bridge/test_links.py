@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,9 @@ from attnbench.dashboard import Pages, render
 from attnbench.errors import UsageError
 from attnbench.history.runs import runs_of
 from attnbench.history.verdict import judge
+from tests.dashboard.browsing import Reader, browses, launched
 from tests.dashboard.reading import read_data, series_id
-from tests.dashboard.test_browser import CHROMIUM, Reader, browser
 from tests.history.fake import HOSTILE, table_of, timed
-
-__all__ = ["browser"]
 
 WORKLOAD = "4q1s4k dtype=fp32"
 
@@ -87,8 +86,13 @@ def test_hostile_names_are_no_markup(html: Path) -> None:
     assert "<img" not in (html / FOLDER / "data" / "asv.js").read_text()
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="no /usr/bin/chromium: apt install chromium")
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with launched() as started:
+        yield started
+
+
+@browses
 @pytest.mark.parametrize(
     ("backend", "workload", "label"),
     [("CPU_ATTN", WORKLOAD, "CPU_ATTN"), ("FLASH_ATTN [fa3]", "8q1s4k", "FLASH_ATTN:fa3")],

@@ -4,75 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from attnbench.history.derived import QUANTITIES, Quantity, derive
+from tests.dashboard.browsing import OpenSite, Reader, in_browser
 from tests.dashboard.reading import read_data, series_id
 from tests.history.fake import LOST, REFUSED, SLOW
 
-CHROMIUM = Path("/usr/bin/chromium")
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason="no /usr/bin/chromium: apt install chromium"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield started
-        started.close()
-
-
-class Reader:
-    """A page, with everything that went wrong in it."""
-
-    def __init__(self, browser: Any, site: Path, **options: Any) -> None:
-        self.page = browser.new_page(**options)
-        self.site = site
-        self.problems: list[str] = []
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.problems.append(f"dialog {dialog.message}"))
-        self.page.on("requestfailed", self._failed)
-        self.page.on(
-            "console",
-            lambda m: self.problems.append(m.text) if m.type in ("error", "warning") else None,
-        )
-
-    def _failed(self, request: Any) -> None:
-        # Going to another page ends what was still loading: nobody misses it.
-        if request.failure != "net::ERR_ABORTED":
-            self.problems.append(f"failed {request.url}: {request.failure}")
-
-    def open(self, address: str, chart: str = "") -> Any:
-        self.page.goto(f"file://{self.site}/{address}")
-        if chart:
-            self.wait_for_chart(chart)
-        return self.page
-
-    def wait_for_chart(self, chart: str) -> None:
-        self.page.wait_for_selector(f"#{chart}[data-drawn]", timeout=60_000)
-
-    def texts(self, selector: str) -> list[str]:
-        return [text.strip() for text in self.page.locator(selector).all_text_contents()]
+pytestmark = in_browser
 
 
 @pytest.fixture
-def reader(browser: Any, site: Path) -> Iterator[Reader]:
-    one = Reader(browser, site)
-    yield one
-    assert one.problems == []
-    one.page.close()
+def reader(opened: OpenSite, site: Path) -> Reader:
+    return opened(site)
 
 
 def test_every_page_opens_and_hostile_names_do_nothing(reader: Reader) -> None:
@@ -249,9 +195,8 @@ def test_conditions_of_a_run(reader: Reader) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_needs_no_sideways_scrolling(browser: Any, site: Path, scheme: str) -> None:
-    options = {"viewport": {"width": 360, "height": 740}, "color_scheme": scheme}
-    reader = Reader(browser, site, **options)
+def test_a_phone_needs_no_sideways_scrolling(opened: OpenSite, site: Path, scheme: str) -> None:
+    reader = opened(site, viewport={"width": 360, "height": 740}, color_scheme=scheme)
     for address in (
         "index.html",
         f"series.html#{series_id(site, *SLOW)}",
@@ -266,5 +211,3 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Any, site: Path, scheme: s
             boxes = [cell.bounding_box() for cell in page.locator("#series-table .tag").all()]
             assert boxes
             assert max(box["x"] + box["width"] for box in boxes) <= 360
-    assert reader.problems == []
-    reader.page.close()

@@ -1,11 +1,8 @@
-"""The pages of choices and traffic: what they are made of, and what they do in a browser."""
+"""The page of choices: what it is made of, and what it does in a browser."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +10,32 @@ import pytest
 from typer.testing import CliRunner
 
 from attnbench.cli.main import app
-from attnbench.dashboard import Answers, Pages, read_answers, render
+from attnbench.dashboard import Answers, Pages, render
 from attnbench.history.runs import runs_of
 from attnbench.history.verdict import judge
 from attnbench.store import ResultsFolder
-from tests.dashboard.choices_store import CONTEXTS, REQUESTS, RUNS, SLOW_RUN, fill_all
+from tests.dashboard.browsing import OpenSite, Reader, browses, exported, in_browser
+from tests.dashboard.choices_store import CONTEXTS, REQUESTS, RUNS, SLOW_RUN
 from tests.dashboard.reading import read_data
-from tests.dashboard.test_browser import CHROMIUM, Reader
 from tests.dashboard.test_site import Links
 from tests.history.fake import HOSTILE, history, table_of
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results with saved answers, and the pages beside them, as `attnbench dashboard` writes."""
-    target = tmp_path_factory.mktemp("choices")
-    results = fill_all(target)
-    advice = json.loads((results / "answers" / "decode.json").read_text())
-    advice["default"]["why"] = HOSTILE
-    advice["scope"]["expires_at"] = "2020-01-01T00:00:00+00:00"
-    (results / "answers" / "old.json").write_text(json.dumps(advice))
-    words = ["dashboard", "--results", str(results), "--site", str(target / "site")]
-    outcome = CliRunner().invoke(app, words, catch_exceptions=False)
-    assert outcome.exit_code == 0
-    assert "broken.json: cannot be read as JSON" in outcome.stderr
-    return target
+@pytest.fixture
+def folder(choices_folder: Path) -> Path:
+    return choices_folder
 
 
 @pytest.fixture
-def site(folder: Path) -> Path:
-    return folder / "site"
+def site(choices_folder: Path) -> Path:
+    return choices_folder / "site"
 
 
-# --- files ---------------------------------------------------------------------------------------
+@pytest.fixture
+def reader(opened: OpenSite, site: Path) -> Reader:
+    return opened(site)
+
+
 def test_the_pages_hold_what_is_stored_and_saved(folder: Path, site: Path) -> None:
     choices = read_data(site, "choices")
     decode = next(one for one in choices["maps"] if one["phase"] == "decode")
@@ -120,147 +110,6 @@ def test_measured_times_are_not_mixed_with_made_up_ones(tmp_path: Path) -> None:
     assert [len(one["runs"]) for one in choices["regret"]] == [1]
 
 
-# --- saved answers -------------------------------------------------------------------------------
-def test_no_folder_is_no_answers(tmp_path: Path) -> None:
-    assert read_answers(tmp_path / "none") == Answers()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", "{", "[]", "3", '"itl"', '{"kind": "itl"}', '{"kind": "choose"}', '{"kind": ["itl"]}',
-        '{"kind": "matrix"}', '{"kind": "choose", "rankings": []}', "[" * 100_000, "\udcff",
-        '{"kind": "itl", "shares": [NaN]}',
-    ],
-)  # fmt: skip
-def test_what_is_no_answer_is_told_and_left_out(tmp_path: Path, text: str) -> None:
-    (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    found = read_answers(tmp_path)
-    assert (found.traffic, found.advice) == ((), ())
-    (problem,) = found.problems
-    assert problem.startswith(f"{tmp_path}/a.json: ")
-    assert problem.endswith("with --format json")
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        (("backends", 0, "curves", "itl_ms"), [1.0]),
-        (("backends", 0, "itl_p50_ms", "value"), "<b>3</b>"),
-        (("backends", 0, "loads", 0, "concurrency"), {}),
-        (("shares",), None),
-        (("versions",), None),
-    ],
-)
-def test_a_damaged_answer_is_told(folder: Path, tmp_path: Path, path: Any, value: Any) -> None:
-    answer = json.loads((folder / "results" / "answers" / "day.json").read_text())
-    place = answer
-    for step in path[:-1]:
-        place = place[step]
-    place[path[-1]] = value
-    (tmp_path / "day.json").write_text(json.dumps(answer))
-    found = read_answers(tmp_path)
-    assert not found.traffic
-    assert "no answer of this version" in found.problems[0]
-
-
-# --- a browser -----------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def reader(browser: Any, site: Path) -> Iterator[Reader]:
-    one = Reader(browser, site)
-    yield one
-    assert one.problems == []
-    one.page.close()
-
-
-def export(page: Any, button: str) -> list[dict[str, str]]:
-    with page.expect_download() as download:
-        page.click(button)
-    return list(csv.DictReader(io.StringIO(download.value.path().read_text(encoding="utf-8"))))
-
-
-in_browser = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason="no /usr/bin/chromium: apt install chromium"),
-]
-
-
-class TestTraffic:
-    pytestmark = in_browser
-
-    def test_reads_before_plotly_has_loaded(self, reader: Reader) -> None:
-        reader.page.route("**/plotly.min.js", lambda route: route.abort())
-        page = reader.open("traffic.html")
-        assert reader.texts("#numbers tbody th")[-1] == "roofline (lower bound)"
-        assert len(reader.texts("#numbers tbody tr")) == 4
-        assert len(reader.texts("#loads-table tbody tr")) == 16
-        assert page.locator("#curve-values tbody tr").count() == 4
-        reader.problems = [
-            p for p in reader.problems if "plotly" not in p and "ERR_FAILED" not in p
-        ]
-
-    def test_what_is_made_up_is_marked_and_what_a_step_is_is_said(self, reader: Reader) -> None:
-        page = reader.open("traffic.html", "loads")
-        assert page.locator("#made-up").is_visible()
-        assert reader.texts("#curves .annotation-text") == ["MADE UP"]
-        assert "linear layers at the roofline" in page.locator("#scope").inner_text()
-        page.select_option("#answer", "day-attention")
-        assert "A step is attention only:" in page.locator("#scope").inner_text()
-        assert page.locator("#loads-section").is_hidden()
-        assert "--load 0.5" in page.locator("#no-loads").inner_text()
-        assert "answer=day-attention" in page.url
-
-    def test_choices_are_in_the_address(self, reader: Reader) -> None:
-        page = reader.open("traffic.html", "curves")
-        page.get_by_role("button", name="TTFT").click()
-        page.get_by_role("button", name="ITL against throughput").click()
-        page.wait_for_function(
-            "document.querySelector('#loads .ytitle').textContent.includes('ITL p99')"
-        )
-        title = page.locator("#curves .xtitle").text_content()
-        assert title == "time to first token (ms), log scale"
-        page.reload()
-        reader.wait_for_chart("loads")
-        assert page.locator("#quantity button[aria-pressed=true]").inner_text() == "TTFT"
-        page = reader.open("traffic.html#answer=none&q=constructor&x=%ff")
-        assert page.locator("#answer").input_value() == "day"
-
-    def test_tables_are_exported(self, reader: Reader, folder: Path) -> None:
-        page = reader.open("traffic.html", "curves")
-        saved = json.loads((folder / "results" / "answers" / "day.json").read_text())
-        rows = export(page, "#export-numbers")
-        for row, one in zip(rows, saved["backends"], strict=True):
-            for name in ("itl_p99_ms", "tokens_per_busy_s"):
-                assert float(row[name]) == pytest.approx(one[name]["value"])
-                low = one[name]["low"]
-                assert (row[f"{name}_low"] == "") if low is None else float(row[f"{name}_low"])
-            assert row["times"] == "made up"
-        curves = export(page, "#export-curves")
-        name = saved["backends"][0]["backend"]
-        assert [float(row[name]) for row in curves] == pytest.approx(
-            saved["backends"][0]["curves"]["itl_ms"]
-        )
-        loads = export(page, "#export-loads")
-        assert [float(row["load"]) for row in loads] == [0.5, 1, 2, 4] * 4
-        lacking = export(page, "#export-not-measured")
-        assert [(row["backend"], row["why"]) for row in lacking] == [
-            (one["backend"], one["reason"]) for one in saved["not_measured"]
-        ]
-        assert len(lacking) == 1
-
-
 class TestChoices:
     pytestmark = in_browser
 
@@ -333,18 +182,18 @@ class TestChoices:
         page = reader.open("choices.html", "regret")
         choices = read_data(site, "choices")
         decode = next(one for one in choices["maps"] if one["phase"] == "decode")
-        rows = export(page, "#export-map")
+        rows = exported(page, "#export-map")
         lines = [line for cell in decode["cells"] for line in cell["lines"]]
         assert [float(row["seconds"]) for row in rows] == [line["seconds"] for line in lines]
         assert {row["layer"] for row in rows} == {"llama-3-8b bf16"}
-        crossings = export(page, "#export-crossovers")
+        crossings = exported(page, "#export-crossovers")
         assert [int(row["low"]) for row in crossings] == [o["low"] for o in decode["crossovers"]]
         batches = [b for run in choices["regret"][0]["runs"] for b in run["batches"]]
-        regret = export(page, "#export-regret")
+        regret = exported(page, "#export-regret")
         assert sorted(float(row["ratio"]) for row in regret) == sorted(b["ratio"] for b in batches)
-        assert len(export(page, "#export-advice")) == 2
+        assert len(exported(page, "#export-advice")) == 2
         page.locator("[data-cell='1x1024']").click()
-        refused = export(page, "#export-excluded")
+        refused = exported(page, "#export-excluded")
         assert [(int(row["requests"]), row["backend"], row["why"]) for row in refused] == [
             (cell["requests"], one["backend"], one["why"])
             for cell in decode["cells"]
@@ -358,19 +207,15 @@ class TestChoices:
         assert page.locator("#cell").is_hidden()
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="no /usr/bin/chromium: apt install chromium")
+@browses
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_needs_no_sideways_scrolling(browser: Any, site: Path, scheme: str) -> None:
-    options = {"viewport": {"width": 360, "height": 740}, "color_scheme": scheme}
-    reader = Reader(browser, site, **options)
+def test_a_phone_needs_no_sideways_scrolling(opened: OpenSite, site: Path, scheme: str) -> None:
+    reader = opened(site, viewport={"width": 360, "height": 740}, color_scheme=scheme)
     for address, chart in (("traffic.html", "loads"), ("choices.html#cell=4x16384", "regret")):
         page = reader.open(address, chart)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         contrast = page.evaluate(CONTRAST)
         assert contrast >= 4.5, address
-    assert reader.problems == []
-    reader.page.close()
 
 
 #: The least contrast of text on a cell of the map, by WCAG's formula; 21 where there is no map.
@@ -408,3 +253,49 @@ def _header(table: Any) -> Any:
 
     (run,) = runs_of(table)
     return RunHeader(run_id=run.run_id, started_at=run.started_at)
+
+
+@browses
+def test_times_of_another_timer_or_gpu_are_another_line(opened: OpenSite, tmp_path: Path) -> None:
+    from tests.choose.fake import FA3, FLASHINFER, timed
+    from tests.dashboard.choices_store import fill
+
+    ways = [
+        {"timer": "event", "device_name": "NVIDIA H200"},
+        {"timer": "event", "device_name": "NVIDIA H200"},
+        {"timer": "cupti_span", "device_name": "NVIDIA H200"},
+        {"timer": "cupti_span", "device_name": "NVIDIA H200 NVL"},
+    ]
+    for run, way in enumerate(ways):
+        rows = [
+            timed(who, seconds, f"{requests}q1s4k", run, **way)
+            for requests in (4, 8)
+            for who, seconds in ((FA3, 2e-4), (FLASHINFER, 1e-4))
+        ]
+        fill(tmp_path / "r", rows)
+    words = ["dashboard", "--results", str(tmp_path / "r"), "--site", str(tmp_path / "site")]
+    assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    reader = opened(tmp_path / "site")
+    page = reader.open("choices.html", "regret")
+    traces = page.evaluate(
+        "document.getElementById('regret').data.filter((one) => one.name.startsWith('mean'))"
+        ".map((one) => [one.name, one.customdata])"
+    )
+    assert [runs for _, runs in traces] == [[0, 1], [2], [3]]
+    assert [name.partition(", ")[2] for name, _ in traces] == [
+        "timer event, NVIDIA H200",
+        "timer cupti_span, NVIDIA H200",
+        "timer cupti_span, NVIDIA H200 NVL",
+    ]
+    page.get_by_role("button", name="Stacks").click()
+    page.wait_for_function("document.querySelectorAll('#regret .xtick').length === 3")
+    lines = exported(page, "#export-regret")
+    assert {line["device_name"] for line in lines} == {"NVIDIA H200", "NVIDIA H200 NVL"}
+
+
+@browses
+def test_a_table_has_one_button_that_exports_it(opened: OpenSite, site: Path) -> None:
+    for name in ("choices", "traffic"):
+        page = opened(site).open(f"{name}.html")
+        page.wait_for_timeout(300)
+        assert page.locator("p.csv button").count() == 0, name

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from attnbench.upgrade.cells import Cell
 from attnbench.upgrade.compare import compare
 from attnbench.upgrade.probe import FACTS, CellAnswer, VersionAnswer
 from attnbench.upgrade.report import to_json
-from tests.dashboard.test_browser import CHROMIUM, Reader
+from tests.dashboard.browsing import Reader, browses
 from tests.dashboard.upgrade_answer import answer, step
 from tests.history.fake import HOSTILE, history, table_of
 
@@ -143,20 +142,7 @@ def test_the_other_pages_link_to_it_and_it_to_them(tmp_path: Path) -> None:
     assert '<a href="index.html"' in (tmp_path / "upgrade.html").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield started
-        started.close()
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="no /usr/bin/chromium: apt install chromium")
+@browses
 @pytest.mark.parametrize("width", [360, 1280])
 def test_in_a_browser(browser: Any, tmp_path: Path, width: int) -> None:
     write_upgrade_page(answer(), tmp_path / "upgrade.html")

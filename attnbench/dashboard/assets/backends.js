@@ -10,14 +10,18 @@ const sameWhere = (row) => whereOf(row) === state.where || (row.median_s === nul
 function choose() {
   const groups = unique(all.map((row) => row.group)).sort();
   if (!groups.includes(state.group)) {
-    const count = (group) => all.filter((row) => row.group === group && row.median_s !== null).length;
-    state.group = groups.reduce((best, group) => (count(group) > count(best) ? group : best), groups[0]);
+    const count = new Map(groups.map((group) => [group, 0]));
+    for (const row of all) if (row.median_s !== null) count.set(row.group, count.get(row.group) + 1);
+    state.group = groups.reduce((best, group) => (count.get(group) > count.get(best) ? group : best), groups[0]);
   }
   fillSelect($("group"), groups.map((g) => [g, g]), state.group);
   const inGroup = all.filter((row) => row.group === state.group);
   const timed = inGroup.filter((row) => row.median_s !== null);
   const wheres = unique((timed.length ? timed : inGroup).map(whereOf)).sort();
-  if (!wheres.includes(state.where)) state.where = wheres[0];
+  if (!wheres.includes(state.where)) {
+    const count = (where) => timed.filter((row) => whereOf(row) === where).length;
+    state.where = wheres.reduce((best, where) => (count(where) > count(best) ? where : best), wheres[0]);
+  }
   fillSelect($("where"), wheres.map((w) => [w, w]), state.where);
   const phases = unique(inGroup.filter(sameWhere).map((row) => row.phase)).sort();
   if (state.phase && !phases.includes(state.phase)) state.phase = "";
@@ -40,9 +44,14 @@ function specsOf(rows) {
     .map((row) => row.batch_spec);
 }
 
+const MOST_NAMED = 60;
 function chart() {
   const rows = chosen();
   const specs = specsOf(rows);
+  const place = new Map(specs.map((spec, i) => [spec, i]));
+  // Names of every so many where they would stand on each other.
+  const step = Math.max(1, Math.ceil(specs.length / (isNarrow() ? 12 : MOST_NAMED)));
+  const named = specs.map((_, i) => i).filter((i) => i % step === 0);
   const backends = unique(rows.map((row) => row.backend)).sort();
   const { label, unit, lower_is_better: lower } = info(state.quantity);
   const traces = backends.map((backend, b) => {
@@ -53,7 +62,7 @@ function chart() {
       type: "scatter",
       mode: "markers",
       name: plain(backend),
-      x: own.map((row) => specs.indexOf(row.batch_spec) + shift),
+      x: own.map((row) => place.get(row.batch_spec) + shift),
       y: own.map((row) => derived(state.quantity, row.median_s, row)),
       customdata: own.map((row) => row.id),
       text: own.map((row) => `${plain(backend)}<br>${plain(row.batch_spec)} ${row.phase}, ${row.status}`),
@@ -65,27 +74,36 @@ function chart() {
     traces,
     layout: {
       showlegend: true,
-      xaxis: axis("batch spec", { tickvals: specs.map((_, i) => i), ticktext: specs.map(plain), range: [-0.5, specs.length - 0.5], zeroline: false, showgrid: false, tickangle: specs.length > 5 ? -45 : 0 }),
+      xaxis: axis("batch spec", { tickvals: named, ticktext: named.map((i) => plain(specs[i])), range: [-0.5, specs.length - 0.5], zeroline: false, showgrid: false, tickangle: specs.length > 5 ? -45 : 0 }),
       yaxis: axis(`${label} (${unit}${lower ? ", log scale" : ""})`, lower ? { type: "log", dtick: "D2", tickformat: ",.3~r" } : { rangemode: "tozero" }),
-      shapes: specs.slice(1).map((_, i) => ({ type: "line", x0: i + 0.5, x1: i + 0.5, yref: "paper", y0: 0, y1: 1, layer: "below", line: { color: css("--line"), width: 1 } })),
+      shapes: specs.slice(1, step > 1 ? 1 : specs.length).map((_, i) => ({ type: "line", x0: i + 0.5, x1: i + 0.5, yref: "paper", y0: 0, y1: 1, layer: "below", line: { color: css("--line"), width: 1 } })),
     },
     onClick: (point) => { if (shows("series")) location.href = `series.html#${point.customdata}`; },
   };
 }
 
+const SHOWN = 100;
+let shown = SHOWN;
 function table() {
   const rows = chosen();
   const backends = unique(rows.map((row) => row.backend)).sort();
   const { unit, lower_is_better: lower } = info(state.quantity);
   $("legend-note").textContent = `${info(state.quantity).label}, ${unit}; bold is the best of a line, the percentage how far the others are behind.`;
   $("sides-table").tHead.replaceChildren(el("tr", {}, el("th", {}, "Batch spec"), el("th", {}, "Phase"), ...backends.map((b) => el("th", { class: "number" }, b))));
-  $("sides-table").tBodies[0].replaceChildren(...specsOf(rows).map((spec) => {
-    const line = backends.map((backend) => rows.find((row) => row.batch_spec === spec && row.backend === backend && row.median_s !== null)
-      || rows.find((row) => row.batch_spec === spec && row.backend === backend));
+  const specs = specsOf(rows);
+  const cells = new Map();
+  for (const row of rows) {
+    const key = `${row.batch_spec} ${row.backend}`;
+    if (!cells.has(key) || (cells.get(key).median_s === null && row.median_s !== null)) cells.set(key, row);
+  }
+  const phases = new Map(rows.map((row) => [row.batch_spec, row.phase]));
+  showMore("more-sides", specs.length, "batch specs");
+  $("sides-table").tBodies[0].replaceChildren(...specs.slice(0, shown).map((spec) => {
+    const line = backends.map((backend) => cells.get(`${spec} ${backend}`));
     const values = line.map((row) => (row && row.median_s !== null ? derived(state.quantity, row.median_s, row) : null));
     const known = values.filter((value) => value !== null);
     const best = known.length ? (lower ? Math.min(...known) : Math.max(...known)) : null;
-    return el("tr", {}, el("td", {}, spec), el("td", { class: "quiet" }, rows.find((row) => row.batch_spec === spec).phase),
+    return el("tr", {}, el("td", {}, spec), el("td", { class: "quiet" }, phases.get(spec)),
       ...line.map((row, i) => {
         if (!row) return el("td", { class: "number quiet" }, "not planned");
         if (values[i] === null) return el("td", { class: "number quiet" }, seriesLink(row.id, row.status));
@@ -95,9 +113,15 @@ function table() {
       }));
   }));
   const refused = rows.filter((row) => row.median_s === null);
+  showMore("more-refusals", refused.length, "rows");
   $("refusals").hidden = !refused.length;
-  $("refusals").querySelector("tbody").replaceChildren(...refused.map((row) => el("tr", {},
+  $("refusals").querySelector("tbody").replaceChildren(...refused.slice(0, shown).map((row) => el("tr", {},
     el("td", {}, row.backend), el("td", {}, seriesLink(row.id, row.batch_spec)), el("td", {}, row.status), el("td", {}, row.reasons.join("; ")))));
+}
+
+function showMore(id, count, what) {
+  $(id).replaceChildren();
+  if (count > shown) $(id).append(el("button", { type: "button", onclick: () => { shown = Infinity; table(); } }, `Show all ${count} ${what}`));
 }
 
 function show() {
@@ -108,6 +132,6 @@ function show() {
 }
 
 for (const [id, key] of [["group", "group"], ["where", "where"], ["phase", "phase"]]) {
-  $(id).addEventListener("input", (event) => { state[key] = event.target.value; show(); });
+  $(id).addEventListener("input", (event) => { state[key] = event.target.value; shown = SHOWN; show(); });
 }
 if (all.length) show();

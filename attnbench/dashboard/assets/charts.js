@@ -1,4 +1,4 @@
-// plotly in the colours of the page. plotly.js may arrive after the page is read.
+// plotly in the colours of the page. plotly.js is large: it is asked for when the first chart comes near the sight.
 "use strict";
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -19,9 +19,37 @@ function backendStyle(backend) {
 // plotly reads a few tags in its texts: names from data must not become any.
 const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
+// Dots of a strip, beside each other where they would lie on each other. Of a crowd that is drawn alike only
+// as many are kept as there is room for: the others would be painted over. `left` counts those left out.
+const ROOM = 7;
+function strip(rows, { value, line, alike, widest }) {
+  const bin = Math.log(widest) / 150;
+  const crowds = new Map();
+  const dots = [];
+  let left = 0;
+  for (const row of rows) {
+    const key = `${line(row)} ${alike(row)} ${Math.round(Math.log(value(row)) / bin)}`;
+    const count = crowds.get(key) || 0;
+    crowds.set(key, count + 1);
+    if (count >= ROOM) { left += 1; continue; }
+    dots.push({ row, y: line(row) + ((dots.length % ROOM) - (ROOM >> 1)) * 0.08 });
+  }
+  return { dots, left };
+}
+
+// On a phone a title stands in several lines, so that nothing of it is cut off.
+function titleLines(title) {
+  if (!isNarrow()) return title;
+  const lines = [""];
+  for (const word of title.split(" ")) {
+    if (lines[lines.length - 1].length + word.length > 22) lines.push("");
+    lines.push(`${lines.pop()} ${word}`.trim());
+  }
+  return lines.filter(Boolean).join("<br>");
+}
 function axis(title, more = {}) {
   return {
-    title: { text: title, standoff: 8 },
+    title: { text: titleLines(title), standoff: 8 },
     gridcolor: css("--line"),
     linecolor: css("--line"),
     zerolinecolor: css("--line"),
@@ -33,16 +61,47 @@ function axis(title, more = {}) {
 const isNarrow = () => innerWidth < 640;
 const drawn = new Map();
 
-// Draws now or when plotly has loaded, and again when the page turns dark or light.
+let isPlotlyAsked = false;
+function loadPlotly() {
+  if (isPlotlyAsked) return;
+  isPlotlyAsked = true;
+  const script = el("script", { src: "assets/plotly.min.js" });
+  script.addEventListener("load", redraw);
+  script.addEventListener("error", () => {
+    for (const id of drawn.keys()) $(id).classList.replace("waiting", "missing");
+  });
+  document.head.append(script);
+}
+
+// A chart far below costs nothing until somebody scrolls there.
+const near = new Set();
+const watcher = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    if (!isIntersecting) continue;
+    watcher.unobserve(target);
+    near.add(target.id);
+    paint(target.id);
+  }
+}, { rootMargin: "60% 0px" });
+
+// Draws when it is in sight or nearly, and again when the page turns dark or light.
 function draw(id, make) {
   drawn.set(id, make);
+  if (near.has(id)) paint(id);
+  else {
+    $(id).classList.add("waiting");
+    watcher.observe($(id));
+  }
+}
+
+function paint(id) {
   const node = $(id);
   if (!window.Plotly) {
-    node.classList.add("waiting");
+    loadPlotly();
     return;
   }
   node.classList.remove("waiting");
-  const { traces, layout, onClick, onZoom } = make();
+  const { traces, layout, onClick, onZoom } = drawn.get(id)();
   const full = {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
@@ -70,7 +129,10 @@ function draw(id, make) {
   });
 }
 function redraw() {
-  for (const [id, make] of drawn) draw(id, make);
+  for (const id of drawn.keys()) if (near.has(id)) paint(id);
 }
-window.addEventListener("load", redraw);
+window.addEventListener("beforeprint", () => {
+  for (const id of drawn.keys()) near.add(id);
+  redraw();
+});
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

@@ -24,6 +24,7 @@ function adviceTable() {
     el("td", {}, `${one.engine}, ${one.default}: ${regretText(one)}`),
     el("td", { class: "flags" }, one.flags.length ? el("code", {}, one.flags.join(" ")) : one.flags_why),
     el("td", { class: "tag" }, dateText(one.expires_at).slice(0, 10), isExpired(one) ? el("span", { class: "tag undecided" }, " expired") : null))));
+  labelCells($("advice"));
 }
 function exportAdvice() {
   saveCsv("advice.csv", ["answer", "device", "timer", "layers", "batches", "verdict", "winner", "runner_up", "margin", "engine", "default", "regret", "regret_low", "regret_high", "flags", "expires_at"],

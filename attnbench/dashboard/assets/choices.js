@@ -86,6 +86,7 @@ function mapTable() {
   $("crossovers").tBodies[0].replaceChildren(...map.crossovers.map((one) => el("tr", {},
     el("td", {}, one.axis === "requests" ? "requests" : `tokens of ${one.axis}`), el("td", {}, fixedText(one)), el("td", {}, one.below), el("td", {}, one.above),
     el("td", { class: "number" }, `${count(one.low)} … ${count(one.high)}`), el("td", { class: "number" }, count(Math.round(one.at))))));
+  labelCells($("crossovers"));
 }
 const fixedText = (one) => Object.entries(one.fixed).map(([name, value]) => `${name} ${count(value)}`).join(", ");
 
@@ -109,8 +110,9 @@ function cellView(map) {
   });
   const head = el("thead", {}, el("tr", {}, el("th", {}, "Backend"), el("th", { class: "number" }, "Time of a layer"), el("th", { class: "number" }, "Over the winner"), el("th", {}, "Standing")));
   $("cell-body").replaceChildren(
-    el("div", { class: "scroll" }, el("table", {}, head, el("tbody", {}, ...rows))),
+    el("div", { class: "scroll" }, el("table", { class: "stacked" }, head, el("tbody", {}, ...rows))),
     ...(cell.excluded.length ? [el("p", {}, "Not chosen from: ", el("button", { id: "export-excluded", type: "button", onclick: exportExcluded }, "Export CSV of all cells")), el("ul", {}, ...cell.excluded.map((one) => el("li", {}, `${one.backend}: ${one.why}`)))] : []));
+  labelCells($("cell-body").querySelector("table"));
 }
 
 function exportMap() {

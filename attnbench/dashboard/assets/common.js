@@ -84,13 +84,19 @@ function median(values) {
   return ordered.length % 2 ? ordered[middle] : (ordered[middle - 1] + ordered[middle]) / 2;
 }
 
+// Making a formatter takes longer than using it.
+const formats = new Map();
+function format(digits) {
+  if (!formats.has(digits)) formats.set(digits, new Intl.NumberFormat("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
+  return formats.get(digits);
+}
 // Three significant digits, as many as a benchmark deserves; thousands separated.
 function number(value) {
   if (value === null || value === undefined) return "";
   const size = Math.abs(value);
   if (size !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(2);
   const digits = size === 0 ? 0 : Math.max(0, 2 - Math.floor(Math.log10(size)));
-  return value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  return format(digits).format(value);
 }
 function timeText(seconds) {
   if (seconds === null || seconds === undefined) return "";

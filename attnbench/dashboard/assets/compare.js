@@ -140,17 +140,20 @@ function table() {
 function chart() {
   const found = matching().filter((row) => row.found);
   const backends = unique(found.map((row) => row.backend)).sort();
-  const widest = Math.max(1.02, ...found.map((row) => Math.max(row.found.ratio, 1 / row.found.ratio))) * 1.03;
+  const widest = Math.max(1.02, found.reduce((most, row) => Math.max(most, row.found.ratio, 1 / row.found.ratio), 1)) * 1.03;
+  const place = new Map(backends.map((backend, i) => [backend, i]));
+  const { dots, left } = strip(found, { value: (row) => row.found.ratio, line: (row) => place.get(row.backend), alike: (row) => row.verdict, widest });
+  $("ratios-note").textContent = left ? `${found.length} points; ${left} dots that would lie on others of the same verdict are not drawn.` : "";
+  const plainRow = (row) => row.verdict === "UNCHANGED" || row.verdict === "UNDECIDED";
   return {
     traces: backends.map((backend) => {
-      const own = found.filter((row) => row.backend === backend);
+      const own = dots.filter(({ row }) => row.backend === backend);
       const style = backendStyle(backend);
-      const plainRow = (row) => row.verdict === "UNCHANGED" || row.verdict === "UNDECIDED";
       return {
-        type: "scatter", mode: "markers", name: plain(backend), x: own.map((row) => row.found.ratio), y: own.map((row, i) => backends.indexOf(backend) + ((i % 7) - 3) * 0.08),
-        text: own.map((row) => `${plain(row.backend)}<br>${plain(row.workload)}<br>${changeText(row.found.ratio)} ${intervalText(row)}  ${row.verdict}`), customdata: own.map((row) => row.id),
+        type: "scatter", mode: "markers", name: plain(backend), x: own.map(({ row }) => row.found.ratio), y: own.map(({ y }) => y),
+        text: own.map(({ row }) => `${plain(row.backend)}<br>${plain(row.workload)}<br>${changeText(row.found.ratio)} ${intervalText(row)}  ${row.verdict}`), customdata: own.map(({ row }) => row.id),
         hovertemplate: "%{text}<extra></extra>",
-        marker: { color: style.color, symbol: style.symbol, size: own.map((row) => (plainRow(row) ? 8 : 12)), opacity: own.map((row) => (plainRow(row) ? 0.65 : 1)) },
+        marker: { color: style.color, symbol: style.symbol, size: own.map(({ row }) => (plainRow(row) ? 8 : 12)), opacity: own.map(({ row }) => (plainRow(row) ? 0.65 : 1)) },
       };
     }),
     layout: {

@@ -25,38 +25,65 @@ function conditionInfo(key) {
 const conditionKeys = () => unique([...details.before, ...details.after].flatMap((values) => Object.keys(values))).sort();
 const rowName = (i) => `${plain(details.backend[i])}<br>${plain(details.workload[i])}, ${plain(details.metric[i])}, replicate ${details.replicate[i]}`;
 
+// Of very many rows a chart draws those that its picture is made of; the table below has all.
+const MOST_DRAWN = 2000;
+const drawnNote = (count) => (count ? "Of very many rows the lowest and highest of each moment are drawn." : "");
+
+// The lowest and the highest of each of MOST_DRAWN / 4 stretches of the rows, which are in order of time.
+function outline(rows, value) {
+  if (rows.length <= MOST_DRAWN) return rows;
+  const stretch = Math.ceil(rows.length / (MOST_DRAWN / 4));
+  const kept = [];
+  for (let from = 0; from < rows.length; from += stretch) {
+    const own = rows.slice(from, from + stretch);
+    const lowest = own.reduce((a, b) => (value(b) < value(a) ? b : a));
+    const highest = own.reduce((a, b) => (value(b) > value(a) ? b : a));
+    kept.push(...unique([lowest, highest]).sort((a, b) => a - b));
+  }
+  return kept;
+}
+
 function during() {
   const key = $("condition").value;
   const { name, scale, unit } = conditionInfo(key);
+  let left = 0;
   const side = (label, values, style) => {
-    const at = values.map((_, i) => i).filter((i) => key in values[i]);
+    const all = values.map((_, i) => i).filter((i) => key in values[i]);
+    const at = outline(all, (i) => values[i][key]);
+    left += all.length - at.length;
     return {
       type: "scatter", mode: "markers", name: label,
       x: at.map((i) => details.started_at[i]), y: at.map((i) => values[i][key] * scale),
       text: at.map(rowName), hovertemplate: `%{y:.4~g} ${unit}<br>%{text}<extra></extra>`, marker: style,
     };
   };
-  return {
-    traces: [
-      side("before a point", details.before, { color: css("--c0"), symbol: "circle", size: 7 }),
-      side("after it", details.after, { color: css("--c1"), symbol: "diamond-open", size: 8 }),
-    ],
-    layout: { xaxis: axis("time (UTC)"), yaxis: axis(unit ? `${name} (${unit})` : name) },
-  };
+  const traces = [
+    side("before a point", details.before, { color: css("--c0"), symbol: "circle", size: 7 }),
+    side("after it", details.after, { color: css("--c1"), symbol: "diamond-open", size: 8 }),
+  ];
+  $("during-note").textContent = drawnNote(left);
+  return { traces, layout: { xaxis: axis("time (UTC)", isNarrow() ? { nticks: 4 } : {}), yaxis: axis(unit ? `${name} (${unit})` : name) } };
 }
 
 function noise() {
   const timed = details.noise.map((_, i) => i).filter((i) => details.noise[i] !== null && details.metric[i] === "attention");
   const backends = unique(timed.map((i) => details.backend[i])).sort();
+  const isCrowd = timed.length > MOST_DRAWN;
+  const noisiest = Math.floor(MOST_DRAWN / 2 / Math.max(1, backends.length));
+  $("noise-note").textContent = isCrowd ? `Of very many rows the dots are the ${noisiest} noisiest of each backend; the lines end at a twentieth and at nineteen twentieths.` : "";
   return {
-    traces: backends.map((backend) => {
-      const own = timed.filter((i) => details.backend[i] === backend);
+    traces: backends.flatMap((backend) => {
+      const own = timed.filter((i) => details.backend[i] === backend).sort((a, b) => details.noise[b] - details.noise[a]);
       const style = backendStyle(backend);
-      return {
-        type: "box", name: plain(backend), x: own.map((i) => details.noise[i] * 100), orientation: "h", boxpoints: "all", jitter: 0.4, pointpos: 0,
-        text: own.map(rowName), hovertemplate: "%{x:.3~g} %<br>%{text}<extra></extra>",
-        marker: { color: style.color, symbol: style.symbol, size: 5, opacity: 0.6 }, line: { width: 1.5 }, fillcolor: "rgba(0,0,0,0)",
-      };
+      const box = { type: "box", name: plain(backend), orientation: "h", line: { width: 1.5, color: style.color }, fillcolor: "rgba(0,0,0,0)" };
+      const marker = { color: style.color, symbol: style.symbol, size: 5, opacity: 0.6 };
+      const dots = (rows) => ({ x: rows.map((i) => details.noise[i] * 100), text: rows.map(rowName), hovertemplate: "%{x:.3~g} %<br>%{text}<extra></extra>", marker });
+      if (!isCrowd) return [{ ...box, ...dots(own), boxpoints: "all", jitter: 0.4, pointpos: 0 }];
+      const share = (part) => [details.noise[own[Math.round((own.length - 1) * (1 - part))]] * 100];
+      return [
+        { ...box, y: [plain(backend)], q1: share(0.25), median: share(0.5), q3: share(0.75), lowerfence: share(0.05), upperfence: share(0.95), hoverinfo: "x" },
+        { type: "scatter", mode: "markers", name: plain(backend), ...dots(own.slice(0, noisiest)), y: own.slice(0, noisiest).map(() => plain(backend)) },
+      ];
     }),
     layout: { showlegend: false, xaxis: axis(isNarrow() ? "spread of the samples (%)" : "interquartile range of the samples over their median (%)", { rangemode: "tozero" }), yaxis: axis("", { autorange: "reversed" }) },
   };
@@ -64,17 +91,20 @@ function noise() {
 
 // Lowest, median and highest of every condition, and the point where it was highest.
 function extremes() {
+  const text = (value, { scale, unit }) => `${number(value * scale)} ${unit}`.trim();
   $("extremes").tBodies[0].replaceChildren(...conditionKeys().map((key) => {
-    const { name, scale, unit } = conditionInfo(key);
-    const seen = [details.before, details.after].flatMap((side) => side.map((values, i) => [values[key], i]).filter(([value]) => typeof value === "number"));
-    seen.sort((a, b) => a[0] - b[0]);
-    const [lowest, highest] = [seen[0], seen[seen.length - 1]];
-    const text = (value) => `${number(value)} ${unit}`.trim();
-    return el("tr", {}, el("td", {}, name), el("td", { class: "number", "data-label": "lowest" }, text(lowest[0] * scale)), el("td", { class: "number", "data-label": "median" }, text(median(seen.map(([value]) => value * scale)))),
-      el("td", { class: "number", "data-label": "highest" }, text(highest[0] * scale)), el("td", { class: "quiet" }, `${details.backend[highest[1]]} ${details.workload[highest[1]]}`));
+    const about = conditionInfo(key);
+    const sides = [details.before, details.after];
+    const seen = Float64Array.from(sides.flatMap((side) => side.map((values) => values[key]).filter((value) => typeof value === "number"))).sort();
+    const middle = (seen[(seen.length - 1) >> 1] + seen[seen.length >> 1]) / 2;
+    const highest = seen[seen.length - 1];
+    const at = details.status.findIndex((_, i) => sides.some((side) => side[i][key] === highest));
+    return el("tr", {}, el("td", {}, about.name), el("td", { class: "number", "data-label": "lowest" }, text(seen[0], about)), el("td", { class: "number", "data-label": "median" }, text(middle, about)),
+      el("td", { class: "number", "data-label": "highest" }, text(highest, about)), el("td", { class: "quiet" }, `${details.backend[at]} ${details.workload[at]}`));
   }));
 }
 
+let lines = null; // one a row to search in, made when somebody searches
 const rowState = { sort: "noise", down: true, q: "", stopped: "" };
 let rowsShown = UNTIMED_SHOWN;
 const noiseText = (i) => (details.noise[i] === null ? "" : `${(details.noise[i] * 100).toFixed(2)} %`);
@@ -94,12 +124,9 @@ const COLUMNS = [
 
 function matchingRows() {
   const words = rowState.q.toLowerCase().split(/\s+/).filter(Boolean);
-  const found = details.status.map((_, i) => i).filter((i) => {
-    if (rowState.stopped && details.stop_reason[i] !== rowState.stopped) return false;
-    if (!words.length) return true;
-    const line = COLUMNS.map((column) => column.value(i)).join(" ").toLowerCase();
-    return words.every((word) => line.includes(word));
-  });
+  if (words.length && !lines) lines = details.status.map((_, i) => COLUMNS.map((column) => column.value(i)).join(" ").toLowerCase());
+  const found = details.status.map((_, i) => i).filter((i) =>
+    (!rowState.stopped || details.stop_reason[i] === rowState.stopped) && words.every((word) => lines[i].includes(word)));
   return sorted(found, COLUMNS.find((column) => column.name === rowState.sort), rowState.down);
 }
 
@@ -154,7 +181,8 @@ function measuring(run) {
     ["points", Object.entries(run.points).map(([status, count]) => `${count} ${status}`).join(", ")],
   ];
   if (details) {
-    const floors = unique(details.timer.map((timer, i) => (timer && details.timer_floor_s[i] !== null ? `${timer}: reads ${timeText(details.timer_floor_s[i])} of nothing` : "")).filter(Boolean));
+    const floor = new Map(details.timer.map((timer, i) => [`${timer} ${details.timer_floor_s[i]}`, [timer, details.timer_floor_s[i]]]));
+    const floors = unique([...floor.values()].filter(([timer, seconds]) => timer && seconds !== null).map(([timer, seconds]) => `${timer}: reads ${timeText(seconds)} of nothing`));
     pairs.push(
       ["timers", tally(details.timer)], ["timer floor", floors.slice(0, 3).join("; ")], ["L2", tally(details.l2_state)], ["execution", tally(details.execution)],
       ["stopped by", tally(details.stop_reason)], ["discarded", `${details.discarded.reduce((sum, n) => sum + n, 0)} samples`],
@@ -170,12 +198,17 @@ async function route() {
   const run = runs[current];
   document.title = `Run ${dateText(run.at)} · ${data().index.title}`;
   $("run").value = String(current);
-  details = null;
+  const wantedRun = current;
+  let loaded = null;
   try {
-    if (run.conditions) details = unpacked(await loadData(`run-${current}`));
+    if (run.conditions) loaded = unpacked(await loadData(`run-${wantedRun}`));
   } catch (error) {
-    details = null;
+    loaded = null;
   }
+  // Another run may have been chosen while this one was loading.
+  if (current !== wantedRun) return;
+  details = loaded;
+  lines = null;
   header(run);
   measuring(run);
   $("unavailable").hidden = Boolean(details);

@@ -23,6 +23,7 @@ function power() {
   return {
     traces,
     layout: {
+      ...(isNarrow() ? { legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, entrywidth: 105, font: { size: 11 } } } : {}),
       xaxis: axis("nights after the slow-down", { tickvals: Array.from({ length: nights }, (_, i) => i + 1), range: [0.7, nights + 0.3], showgrid: false, zeroline: false }),
       yaxis: axis("alarms (%)", { range: [-2, 104], zeroline: false }),
       annotations: rows.length ? [] : [{ text: "too few nights to replay", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 }],

@@ -45,29 +45,32 @@ function list() {
 function changes() {
   const judged = rows.filter((row) => row.ratio !== null);
   const backends = unique(judged.map((row) => row.backend));
+  const widest = Math.max(1.1, judged.reduce((most, row) => Math.max(most, row.ratio, 1 / row.ratio), 1)) * 1.05;
+  const place = new Map(backends.map((backend, i) => [backend, i]));
+  const { dots, left } = strip(judged, { value: (row) => row.ratio, line: (row) => place.get(row.backend), alike: (row) => row.verdict, widest });
+  $("changes-note").textContent = left ? `${judged.length} series; ${left} dots that would lie on others of the same verdict are not drawn.` : "";
   const traces = backends.map((backend) => {
-    const own = judged.filter((row) => row.backend === backend);
+    const own = dots.filter(({ row }) => row.backend === backend);
     const style = backendStyle(backend);
     return {
       type: "scatter",
       mode: "markers",
       name: plain(backend),
-      x: own.map((row) => row.ratio),
+      x: own.map(({ row }) => row.ratio),
       // A fixed scatter by rank keeps dots apart without making up a value.
-      y: own.map((row, i) => backends.indexOf(backend) + ((i % 7) - 3) * 0.08),
-      text: own.map((row) => `${plain(row.backend)}<br>${plain(row.workload)}<br>${changeText(row.ratio)}  ${row.verdict}`),
-      customdata: own.map((row) => row.id),
+      y: own.map(({ y }) => y),
+      text: own.map(({ row }) => `${plain(row.backend)}<br>${plain(row.workload)}<br>${changeText(row.ratio)}  ${row.verdict}`),
+      customdata: own.map(({ row }) => row.id),
       hovertemplate: "%{text}<extra></extra>",
       marker: {
         color: style.color,
         symbol: style.symbol,
-        size: own.map((row) => (row.verdict === "UNCHANGED" ? 8 : 12)),
-        opacity: own.map((row) => (row.verdict === "UNCHANGED" ? 0.65 : 1)),
-        line: { width: own.map((row) => (row.verdict === "UNCHANGED" ? 0 : 2)), color: css("--ink") },
+        size: own.map(({ row }) => (row.verdict === "UNCHANGED" ? 8 : 12)),
+        opacity: own.map(({ row }) => (row.verdict === "UNCHANGED" ? 0.65 : 1)),
+        line: { width: own.map(({ row }) => (row.verdict === "UNCHANGED" ? 0 : 2)), color: css("--ink") },
       },
     };
   });
-  const widest = Math.max(1.1, ...judged.map((row) => Math.max(row.ratio, 1 / row.ratio))) * 1.05;
   return {
     traces,
     layout: {
@@ -95,10 +98,20 @@ fillSelect($("filter-verdict"), [["", "all"], ...unique(rows.map((row) => row.ve
 const metrics = unique(rows.map((row) => row.metric)).sort();
 const usualMetric = metrics.includes("attention") ? "attention" : "";
 fillSelect($("filter-metric"), [["", "all"], ...metrics.map((m) => [m, m])], usualMetric);
-const asked = readHash();
-$("search").value = asked.q || "";
-$("filter-verdict").value = asked.verdict || "";
-if (asked.metric) $("filter-metric").value = asked.metric === "all" ? "" : asked.metric;
+function ask() {
+  const asked = readHash();
+  $("search").value = asked.q || "";
+  $("filter-verdict").value = asked.verdict || "";
+  $("filter-metric").value = asked.metric === "all" ? "" : asked.metric || usualMetric;
+  return asked;
+}
+ask();
+window.addEventListener("hashchange", () => {
+  const { q, verdict, metric } = ask();
+  shown = SHOWN;
+  list();
+  if (q || verdict || metric) $("all-series").scrollIntoView();
+});
 for (const id of ["search", "filter-verdict", "filter-metric"]) {
   $(id).addEventListener("input", () => { shown = SHOWN; list(); });
 }

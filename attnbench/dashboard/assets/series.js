@@ -180,11 +180,16 @@ function marks(all, spans, changes, isShown) {
   for (const span of spans) {
     shapes.push({ type: "rect", layer: "below", x0: span.x0, x1: span.x1, y0: span.low, y1: span.high, fillcolor: css("--quiet"), opacity: 0.14, line: { width: 0 } });
   }
+  let before = -Infinity;
+  let level = 0;
   for (const change of changes) {
+    // Beside another one it stands a line higher.
+    level = (change.x - before) / Math.max(1, all.length) < (isNarrow() ? 0.35 : 0.08) ? (level + 1) % 3 : 0;
+    before = change.x;
     const color = css(change.ratio > 1 ? "--bad" : "--good");
     shapes.push({ type: "rect", layer: "below", yref: "paper", y0: 0, y1: 1, x0: change.x0, x1: change.x1, fillcolor: color, opacity: 0.13, line: { width: 0 } });
     shapes.push({ ...upright, x0: change.x, x1: change.x, line: { width: 2, color } });
-    if (isShown(change.x)) annotations.push({ x: change.x, yref: "paper", y: 0, yanchor: "bottom", xanchor: "center", showarrow: false, font: { size: 12, color }, bgcolor: css("--ground"), text: `${change.ratio > 1 ? "▲" : "▼"} ${changeText(change.ratio)}` });
+    if (isShown(change.x)) annotations.push({ x: change.x, yref: "paper", y: level * 0.09, yanchor: "bottom", xanchor: "center", showarrow: false, font: { size: 12, color }, bgcolor: css("--ground"), text: `${change.ratio > 1 ? "▲" : "▼"} ${changeText(change.ratio)}` });
   }
   if (state.axis !== "stack") {
     const found = stackMarks(all);

@@ -4,6 +4,8 @@
 const cellText = (cell) => [...cell.childNodes].map((node) => node.textContent.trim()).filter(Boolean).join(" ").replace(/\s+/g, " ");
 
 function exportTable(table, name) {
+  // Of a table that shows only some rows the rest is shown first.
+  if (table.dataset.more) $(table.dataset.more).querySelector("button")?.click();
   const rows = [...table.rows].map((row) => [...row.cells].map(cellText));
   saveCsv(`${name}.csv`, rows[0], rows.slice(1));
 }
@@ -18,6 +20,12 @@ function addExports() {
   }
 }
 addExports();
+
+// A phone shows a row as a block: its cells say which column they are of.
+function labelCells(table) {
+  const labels = [...table.tHead.rows[0].cells].map((cell) => cell.textContent.trim());
+  for (const row of table.tBodies[0].rows) [...row.cells].forEach((cell, i) => { if (cell.tagName === "TD") cell.dataset.label = labels[i]; });
+}
 
 // Column heads as buttons: `columns` are { label, value, kind }, `state` has sort and down.
 function sortableHead(table, columns, state, onSort) {

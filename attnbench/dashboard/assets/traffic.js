@@ -96,6 +96,7 @@ function numbersTable() {
     el("th", { scope: "row" }, nameOf(one)),
     ...cells(NUMBERS.map((name) => limited(one.numbers[name]))),
     ...cells([one.extrapolated_pct, one.left_out_error_pct, one.replicates].map((value) => (value === null ? "" : value === 0 ? "0" : number(value)))))));
+  labelCells($("numbers"));
 }
 function exportNumbers() {
   const rows = state.answer.backends.map((one) => [
@@ -112,6 +113,7 @@ function curveTable() {
   $("curve-values").tHead.replaceChildren(heads([[`${QUANTITIES[state.quantity][0]}, ms`, false], ...places.map((i) => [`${Number((state.answer.shares[i] * 100).toFixed(4))} %`, true])]));
   $("curve-values").tBodies[0].replaceChildren(...withCurve().map((one) => el("tr", { class: one.is_bound ? "quiet" : null },
     el("th", { scope: "row" }, nameOf(one)), ...cells(places.map((i) => number(one.curves[state.quantity][i]))))));
+  labelCells($("curve-values"));
 }
 function exportCurves() {
   const shown = withCurve();
@@ -125,6 +127,7 @@ function loadsTable() {
   $("loads-table").tHead.replaceChildren(heads([["Backend", false], ...LOAD_COLUMNS.map((name) => [LABELS[name].replace(/ \(requests.*/, ""), true])]));
   $("loads-table").tBodies[0].replaceChildren(...loadRows().map(([one, load]) => el("tr", { class: one.is_bound ? "quiet" : null },
     el("th", { scope: "row" }, nameOf(one)), ...cells(LOAD_COLUMNS.map((name) => (name === "load" || load[name] === 0 ? String(load[name]) : number(load[name])))))));
+  labelCells($("loads-table"));
 }
 function exportLoads() {
   saveCsv(`${state.answer.name}-loads.csv`, ["backend", ...LOAD_COLUMNS], loadRows().map(([one, load]) => [one.backend, ...LOAD_COLUMNS.map((name) => load[name])]));
