@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,10 @@ from attnbench.cli.sweeping import TIMER_HELP
 from attnbench.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from attnbench.history.bisect import Bisection, Journal
+    from attnbench.history.stacks import Stack
     from attnbench.settings import Settings
     from attnbench.upgrade.bisect_sides import Candidate, Measurer
 
@@ -38,12 +42,16 @@ def bisect(
         str,
         typer.Option(
             metavar="GOOD..BAD",
-            help="Search the packages two stored stacks differ in, one at a time.",
+            help="Search the stacks measured between two, or between neighbours their packages.",
         ),
     ] = "",
-    repo: Annotated[Path, typer.Option(help="With --commits: the clone that has them.")] = Path(
-        "."
-    ),
+    repo: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --commits: the clone that has them, by default the one here. With --stacks: "
+            "the manifest repository, by default that of the settings."
+        ),
+    ] = None,
     timer: Annotated[str, typer.Option(help=TIMER_HELP)] = "",
     budget: Annotated[
         float | None, typer.Option(help="Seconds of samples per process. Default: settings.")
@@ -60,23 +68,26 @@ def bisect(
     results: ResultsOption = None,
     format: FormatOption = Format.TABLE,
 ) -> None:
-    """Name the first commit or version that made a point slower, each step measured until clear.
+    """Name the first commit, version or stack that made a point slower, by measuring.
 
-    A search that was stopped goes on where it was. Exit 0: found; 3: the ends do not really differ,
-    or candidates that cannot be built leave several suspects.
+    A search that was stopped goes on where it was. Exit 0: found; 2: typed wrong, or the bad end is
+    the faster one; 3: the ends do not really differ, or candidates that cannot be built leave
+    several suspects; 4: the machine failed.
     """
     from attnbench.history.bisect import MIN_ROUNDS
     from attnbench.history.bisect import bisect as search
     from attnbench.history.rule import VerdictSettings
     from attnbench.settings import load_settings
+    from attnbench.workload import Workload
 
     if sum(map(bool, (commits, package, stacks))) != 1:
         raise UsageError("say what to search: one of --commits, --package and --stacks")
     if rounds < MIN_ROUNDS:
         raise UsageError(f"--rounds {rounds}: {MIN_ROUNDS} or more; fewer show no difference")
+    Workload.parse(workload)  # before anything is asked of pip or git
     settings = load_settings()
     folder = results or settings.results
-    candidates = _candidates(commits, package, stacks, repo, folder)
+    candidates = _candidates(commits, package, stacks, repo, settings, folder)
     measurer, journal = _measurer(
         candidates, workload, backend, timer, budget, cache_dir, settings, folder, fresh
     )
@@ -91,7 +102,12 @@ def bisect(
         rounds,
         note,
     )
-    _print(found, format)
+    finer = candidates[found.first_bad].finer if found.is_found else ""
+    words = ["attnbench", "bisect", workload, "--backend", backend]
+    words += ["--timer", timer] if timer else []
+    words += ["--repo", str(repo)] if repo else []
+    words += ["--stacks", finer]
+    _print(found, shlex.join(words) if finer else "", format)
     raise typer.Exit(exit_code(found))
 
 
@@ -103,22 +119,47 @@ def exit_code(found: Bisection) -> ExitCode:
 
 
 def _candidates(
-    commits: str, package: str, stacks: str, repo: Path, folder: Path
+    commits: str, package: str, stacks: str, repo: Path | None, settings: Settings, folder: Path
 ) -> list[Candidate]:
-    from attnbench.upgrade.bisect_sides import (
-        commit_candidates,
-        package_candidates,
-        stack_candidates,
-    )
+    from attnbench.upgrade.bisect_sides import commit_candidates, package_candidates
 
+    if repo is not None and package:
+        raise UsageError("--repo: versions are those of pip's index; leave it out with --package")
     if commits:
-        return commit_candidates(commits, repo)
+        return commit_candidates(commits, repo or Path("."))
     if package:
         return package_candidates(package)
+    from attnbench.upgrade.bisect_stacks import known_stacks, stack_candidates
+
+    known = known_stacks(*_stacks(repo, settings, folder))
+    return stack_candidates(stacks, known, note, _device_class)
+
+
+def _stacks(
+    repo: Path | None, settings: Settings, folder: Path
+) -> tuple[Sequence[Stack], Sequence[Stack]]:
+    """Those of the manifest repository, and those of the stored runs."""
+    from attnbench.history.manifest import is_manifest, stacks_of
     from attnbench.history.runs import RUN_COLUMNS, runs_of
+    from attnbench.history.stacks import stacks_of_runs
     from attnbench.store import ResultsFolder
 
-    return stack_candidates(stacks, runs_of(ResultsFolder(folder).table(RUN_COLUMNS)))
+    written: Sequence[Stack] = ()
+    if repo is not None:
+        written = stacks_of(repo)
+    elif settings.manifest and is_manifest(Path(settings.manifest)):
+        written = stacks_of(Path(settings.manifest))
+    # A repository that was named is enough: its stacks may have been measured elsewhere.
+    if repo is not None and not folder.is_dir():
+        return written, ()
+    return written, stacks_of_runs(runs_of(ResultsFolder(folder).table(RUN_COLUMNS)))
+
+
+def _device_class() -> str:
+    from attnbench.measure.environment import read_environment
+    from attnbench.selection import current_device
+
+    return read_environment(current_device()).device_class
 
 
 def _measurer(
@@ -164,7 +205,7 @@ def _measurer(
     return measurer, Journal(path, question)
 
 
-def _print(found: Bisection, format: Format) -> None:
+def _print(found: Bisection, finer: str, format: Format) -> None:
     rows: list[dict[str, Any]] = []
     for step in found.steps:
         look = step.over_good
@@ -194,6 +235,7 @@ def _print(found: Bisection, format: Format) -> None:
                     "p": final.p if final else None,
                     "status": found.bad_status,
                     "problem": found.problem,
+                    "next": finer,
                     "steps": rows,
                 },
                 indent=2,
@@ -202,3 +244,5 @@ def _print(found: Bisection, format: Format) -> None:
     elif rows:
         emit(rows, format, COLUMNS)
     note(found.text)
+    if finer:
+        note(f"which of its packages it was: {finer}")

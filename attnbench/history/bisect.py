@@ -188,8 +188,10 @@ class _Search:
         """Seconds of each place, by turns, until it is clear; or the first that gave none.
 
         Looked at twice, after half of the rounds and at their end: every further look would be
-        another chance of an error.
+        another chance of an error. Half is an even number, so that a steady drift of the machine
+        is the same for two that take turns.
         """
+        half = (max(MIN_ROUNDS, self.rounds // 2) + 1) // 2 * 2
         times: list[list[float]] = [[] for _ in places]
         for round_ in range(self.rounds):
             turn = range(len(places)) if round_ % 2 == 0 else range(len(places) - 1, -1, -1)
@@ -198,7 +200,7 @@ class _Search:
                 if reading.seconds is None:
                     return places[n], reading
                 times[n].append(reading.seconds)
-            if round_ + 1 == max(MIN_ROUNDS, self.rounds // 2) and is_clear(times):
+            if round_ + 1 == half and is_clear(times):
                 break
         return times
 
@@ -273,6 +275,9 @@ def bisect(
 def _bad_status(search: _Search) -> str | Bisection:
     """How the bad end fails, "" where it is timed; a Bisection where there is nothing to search."""
     last = len(search.labels) - 1
+    # The bad end costs an installation and a process, and the good one says it all.
+    if search.read("ends", 0, 0).seconds is None:
+        return _no_good_end(search, search.read("ends", 0, 0))
     for n in range(_STATUS_ROUNDS):
         for place in (0, last) if n % 2 == 0 else (last, 0):
             search.read("ends", n, place)
@@ -283,8 +288,7 @@ def _bad_status(search: _Search) -> str | Bisection:
             continue
         told = _told(failed[0])
         if place == 0:
-            problem = f"the good end, {search.labels[0]}, gives no time: {told}; name another"
-            return Bisection(labels=search.labels, problem=problem)
+            return _no_good_end(search, failed[0])
         if len(failed) < len(readings) or len({one.status for one in failed}) > 1:
             problem = f"the bad end, {search.labels[last]}, ends now so, now so: {told}"
             return Bisection(labels=search.labels, problem=f"{problem}; measure it with verify")
@@ -293,6 +297,11 @@ def _bad_status(search: _Search) -> str | Bisection:
             return Bisection(labels=search.labels, problem=f"{problem}; name another")
         return failed[0].status
     return ""
+
+
+def _no_good_end(search: _Search, reading: Reading) -> Bisection:
+    problem = f"the good end, {search.labels[0]}, gives no time: {_told(reading)}; name another"
+    return Bisection(labels=search.labels, problem=problem)
 
 
 def _check_ends(search: _Search) -> SecondLook | Bisection:

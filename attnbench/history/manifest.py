@@ -184,6 +184,8 @@ def _make(git: ManifestGit) -> None:
 def _check_marker(git: ManifestGit) -> None:
     if not git.has_file(MARKER):
         raise UsageError(f"{git.path}: {_not_ours('is a git repository of something else')}")
+    if git.is_shallow():
+        raise UsageError(f"{git.path}: a shallow clone; git fetch --unshallow there")
 
 
 def _not_ours(why: str) -> str:

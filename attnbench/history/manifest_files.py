@@ -32,8 +32,8 @@ def folder_name(device_class: str) -> str:
 
 def stack_files(stack: Stack) -> dict[str, str]:
     """Text by file name."""
-    installable = [p for p in stack.packages if _is_installable(p)]
-    others = [p for p in stack.packages if not _is_installable(p)]
+    installable = [p for p in stack.packages if is_installable(p)]
+    others = [p for p in stack.packages if not is_installable(p)]
     values = {
         "device_class": stack.device_class,
         "stack": stack.key,
@@ -70,7 +70,8 @@ def read_stack(machine: str, lock: str) -> Stack:
     return stack
 
 
-def _is_installable(entry: str) -> bool:
+def is_installable(entry: str) -> bool:
+    """Whether pip can be given this `name==version`, and nothing else is meant by it."""
     name = entry.partition("==")[0]
     return name not in _NO_PACKAGES and _LOCK_LINE.fullmatch(entry) is not None
 

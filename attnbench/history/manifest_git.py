@@ -75,6 +75,10 @@ class ManifestGit:
         done = self._try("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
         return done.stdout.decode().strip() if done.returncode == 0 else None
 
+    def is_shallow(self) -> bool:
+        """Whether it is a clone that lacks older commits."""
+        return self._run("rev-parse", "--is-shallow-repository").strip() == b"true"
+
     def is_on_branch(self) -> bool:
         return self._try("symbolic-ref", "--quiet", "HEAD").returncode == 0
 

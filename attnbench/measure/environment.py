@@ -19,6 +19,7 @@ from typing import Any
 
 import attnbench
 from attnbench.backends.device import Device
+from attnbench.backends.registry import ENTRY_POINT_GROUP
 from attnbench.measure.gpu import nvml
 from attnbench.store.record import stack_id
 
@@ -107,9 +108,12 @@ def read_driver_version() -> str:
 
 
 def read_stack() -> tuple[str, ...]:
-    """Sorted `name==version` of everything that can change a kernel, the compilers included."""
+    """Sorted `name==version` of everything that can change a kernel, the compilers included.
+
+    A package that brings backends by entry point is one of them.
+    """
     versions = {"python": platform.python_version()}
-    for name in STACK_DISTRIBUTIONS:
+    for name in (*STACK_DISTRIBUTIONS, *_plugin_distributions()):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -117,6 +121,12 @@ def read_stack() -> tuple[str, ...]:
     if compiler := _compiler_version():
         versions["gxx"] = compiler  # compiles FLEX_ATTENTION's kernels on a CPU
     return tuple(sorted(f"{name}=={version}" for name, version in versions.items()))
+
+
+def _plugin_distributions() -> list[str]:
+    points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    names = {re.sub(r"[-_.]+", "-", p.dist.name).lower() for p in points if p.dist is not None}
+    return sorted(names)
 
 
 def _compiler_version() -> str:

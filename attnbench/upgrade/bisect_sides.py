@@ -1,4 +1,4 @@
-"""The candidates of a bisection, and how one is measured: commits, versions, or stacks between two.
+"""The candidates of a bisection, and how one is measured: commits or versions between two.
 
 A candidate is an environment as `side_env` makes them: the changed distributions in front, the
 site-packages of this Python behind, so torch is not installed again where it is not what changes.
@@ -18,14 +18,13 @@ from pathlib import Path
 
 from attnbench.errors import AttnBenchError, DataError, InfrastructureError, UsageError
 from attnbench.history.bisect import NOT_BUILT, Reading
-from attnbench.history.runs import RunSummary
 from attnbench.history.series_rows import sample_statistics
 from attnbench.measure import MeasureOptions
 from attnbench.store import ResultsFolder
 from attnbench.store.record import Status
 from attnbench.upgrade.alternate import PlanPart, measure_once
 from attnbench.upgrade.cache import empty, making, read_stamp, stamp
-from attnbench.upgrade.side_env import Side, make_side, make_stack_side
+from attnbench.upgrade.side_env import Side, make_side
 from attnbench.upgrade.tell import Tell
 from attnbench.upgrade.versions import git, normalized, parse_source
 
@@ -34,23 +33,26 @@ _OWN_FILE = "attnbench/selection/__init__.py"
 
 _RANGE = re.compile(r"(.+?)\.\.(.+)")
 
-#: Entries of a stack that no package index has.
-_NOT_INSTALLED = frozenset({"python", "gxx"})
-
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One place of the line. `make` may raise what cannot be built."""
+    """One place of the line. `make` may raise what cannot be built.
+
+    `finer`: what `--stacks` takes to search within this step; "": it is one change.
+    """
 
     label: str
     make: Callable[[Path, Tell], Side]
+    finer: str = ""
 
 
 def parse_range(option: str, text: str) -> tuple[str, str]:
     """`A..B`. Raises UsageError."""
     found = _RANGE.fullmatch(text.strip())
-    if not found or found[1] == found[2]:
+    if not found or found[2].startswith("."):
         raise UsageError(f"{option} {text!r}: give the good and the bad one as GOOD..BAD")
+    if found[1] == found[2]:
+        raise UsageError(f"{option} {text!r}: good and bad are the same; name two that differ")
     return found[1], found[2]
 
 
@@ -63,22 +65,41 @@ def commit_candidates(text: str, repository: Path) -> list[Candidate]:
     names = parse_range("--commits", text)
     folder = repository.resolve()
     good, bad = (_commit(folder, name) for name in names)
+    if good == bad:
+        raise UsageError(f"--commits {text}: both are {good[:12]}; name two that differ")
     if git(folder, "merge-base", "--is-ancestor", good, bad).returncode != 0:
-        raise UsageError(
-            f"--commits {text}: {names[1]} does not follow {names[0]} (rebased, or swapped?); "
-            "name two commits of one line"
-        )
+        raise UsageError(f"--commits {text}: {_why_no_line(folder, names, good, bad)}")
     listed = git(folder, "rev-list", "--reverse", "--first-parent", f"{good}..{bad}")
     line = [good, *listed.stdout.split()]
     own = git(folder, "cat-file", "-e", f"{bad}:{_OWN_FILE}").returncode == 0
-    subjects = git(folder, "log", "--no-walk=unsorted", "--format=%s", *line, "--")
-    titles = subjects.stdout.split("\n")
+    titles = _subjects(folder, good, bad)
     return [
         Candidate(
-            f"{sha[:12]} {_plain(title)}".strip(), partial(_commit_side, folder, sha, own=own)
+            f"{sha[:12]} {_plain(titles.get(sha, ''))}".strip(),
+            partial(_commit_side, folder, sha, own=own),
         )
-        for sha, title in zip(line, titles, strict=False)
+        for sha in line
     ]
+
+
+def _why_no_line(folder: Path, names: tuple[str, str], good: str, bad: str) -> str:
+    if git(folder, "merge-base", "--is-ancestor", bad, good).returncode == 0:
+        return f"{names[0]} comes after {names[1]}; swap them: the good one is the older"
+    told = f"{names[1]} does not follow {names[0]}"
+    if _is_shallow(folder):
+        return f"{told} as far as this shallow clone goes; `git fetch --unshallow` there"
+    return f"{told} (rebased?); name two commits of one line"
+
+
+def _is_shallow(folder: Path) -> bool:
+    return git(folder, "rev-parse", "--is-shallow-repository").stdout.strip() == "true"
+
+
+def _subjects(folder: Path, good: str, bad: str) -> dict[str, str]:
+    told = git(folder, "rev-list", "--first-parent", "--format=%H %s", f"{good}..{bad}").stdout
+    told += git(folder, "rev-list", "--no-walk", "--format=%H %s", good).stdout
+    pairs = (entry.partition(" ") for entry in told.split("\n"))
+    return {sha: subject for sha, _, subject in pairs if sha != "commit"}
 
 
 def _plain(text: str) -> str:
@@ -89,8 +110,9 @@ def _plain(text: str) -> str:
 def _commit(folder: Path, name: str) -> str:
     found = git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", name + "^{commit}")
     if found.returncode != 0:
+        fetch = "`git fetch --unshallow` there" if _is_shallow(folder) else "fetch it"
         raise UsageError(
-            f"{folder}: no commit {name!r}; name a clone that has it with --repo, or fetch it"
+            f"{folder}: no commit {name!r}; name a clone that has it with --repo, or {fetch}"
         )
     return found.stdout.strip()
 
@@ -150,6 +172,8 @@ def package_candidates(text: str) -> list[Candidate]:
         good, bad = (Version(one) for one in parse_range("--package", versions))
     except InvalidVersion as error:
         raise UsageError(f"--package {text!r}: {error}; e.g. torch==2.11..2.13") from error
+    if good == bad:
+        raise UsageError(f"--package {text!r}: both are {good}; name two that differ")
     listed = _index_versions(name, any(one.is_prerelease for one in (good, bad)))
     known = {Version(one) for one in listed}
     for end in (good, bad):
@@ -180,41 +204,6 @@ def _index_versions(name: str, prereleases: bool) -> list[str]:
         said = (done.stderr.strip().splitlines() or ["no answer"])[0]
         raise UsageError(f"pip finds no versions of {name} ({said}); check `pip config list`")
     return [one.strip() for one in found[1].split(",") if one.strip()]
-
-
-def stack_candidates(text: str, runs: Sequence[RunSummary]) -> list[Candidate]:
-    """From one stored stack to another, one package at a time in order of names.
-
-    Candidate n has the first n of the differing packages at the bad stack's version: a mixture
-    that does not work together is skipped. Raises UsageError.
-    """
-    good, bad = (_stack(runs, one) for one in parse_range("--stacks", text))
-    names = sorted(name for name in good.keys() & bad.keys() if good[name] != bad[name])
-    names = [name for name in names if name not in _NOT_INSTALLED]
-    if not names:
-        raise UsageError(
-            f"--stacks {text}: no package is in both with different versions; what else differs "
-            "(driver, Python, compiler) cannot be installed side by side"
-        )
-    line = []
-    for moved in range(len(names) + 1):
-        pins = [f"{n}=={(bad if i < moved else good)[n]}" for i, n in enumerate(names)]
-        new = names[moved - 1] if moved else ""
-        label = f"{new} {good[new]} -> {bad[new]}" if new else f"stack of {text.partition('..')[0]}"
-        line.append(Candidate(label, partial(make_stack_side, label, pins)))
-    return line
-
-
-def _stack(runs: Sequence[RunSummary], name: str) -> dict[str, str]:
-    # Named as `history --by stack` does, with the machine's part, or without it.
-    keys = ((run.stack_key if "-" in name else run.stack_id, run.stack) for run in runs)
-    found = {key: stack for key, stack in keys if key.startswith(name)}
-    if len(found) != 1:
-        known = ", ".join(dict.fromkeys(run.stack_id for run in reversed(runs))) or "none"
-        what = "is no stored stack" if not found else "names several stacks"
-        raise UsageError(f"--stacks: {name!r} {what}; stored, newest first: {known}")
-    (entries,) = found.values()
-    return dict(entry.partition("==")[::2] for entry in entries)
 
 
 @dataclass(slots=True)

@@ -136,7 +136,10 @@ def _install(folder: Path, what: str, install: Sequence[str]) -> None:
     first = next((line for line in said if line.startswith("ERROR:")), said[-1])
     if "No matching distribution" in done.stderr or "Could not find a version" in done.stderr:
         raise UsageError(f"{what}: pip finds no such version for this Python ({first})")
-    raise InfrastructureError(f"pip cannot install {what} ({first}); check the network")
+    mend = "check the network"
+    if "build" in first:
+        mend = "build a wheel where that works, and name its folder in PIP_FIND_LINKS"
+    raise InfrastructureError(f"pip cannot install {what} ({first}); {mend}")
 
 
 def _archive(tree: Path, commit: str, home: Path) -> None:

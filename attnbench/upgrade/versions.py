@@ -213,7 +213,8 @@ def git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
             ["git", "-C", str(folder), *arguments],
             check=False,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # what somebody wrote into a commit may be any bytes
             env={**os.environ, "LC_ALL": "C"},
         )
     except FileNotFoundError as error:

@@ -1,40 +1,35 @@
-"""`attnbench bisect` in real processes: wheels of a made-up project, and the commits of its git.
-
-Its backend is CPU_ATTN under another name; its import makes the fake timer slower by a factor that
-the version, or the commit, carries.
-"""
+"""`attnbench bisect` as it is typed: wheels of a made-up project, and the commits of its git."""
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from attnbench.store import ResultsFolder, RunHeader
-from attnbench.store.record import stack_id
-from tests.history.fake import row
-from tests.upgrade.package_server import wheel_bytes
+from attnbench.errors import ExitCode
+from attnbench.measure import MeasureOptions
+from attnbench.store import ResultsFolder
+from attnbench.upgrade import alternate
+from attnbench.upgrade.alternate import PlanPart
+from attnbench.upgrade.bisect_sides import Measurer, commit_candidates, package_candidates
+from attnbench.upgrade.tell import Silent
+from tests.cli.bisecting import (
+    ENTRY,
+    MODULE,
+    POINT,
+    WORKLOAD,
+    ForkedSides,
+    attnbench,
+    bisect,
+    offline_pip,
+    write_wheel,
+)
 
-MODULE = """
-from attnbench.backends.cpu_attn import CPUAttentionBackend
-from attnbench.measure import timers
-
-{extra}
-for timer in vars(timers).values():
-    if isinstance(timer, type) and hasattr(timer, "_FACTOR"):
-        timer._FACTOR = dict(timer._FACTOR, attention={factor})
-
-class TinyBackend(CPUAttentionBackend):
-    @staticmethod
-    def get_name():
-        return "TINY_ATTN"
-"""
-ENTRY = "[attnbench.backends]\nTINY_ATTN = tinyattn:TinyBackend\n"
 PROJECT = """
 [build-system]
 requires = []
@@ -58,63 +53,66 @@ def build_wheel(folder, config_settings=None, metadata_directory=None):
         wheel.writestr(info + "RECORD", "")
     return name
 """
-POINT = ("2q1s40 dtype=fp32 head_size=64 heads=2/1", "--backend", "TINY_ATTN", "--timer", "fake")
 
 
-def write_wheel(folder: Path, name: str, version: str, factor: float, extra: str = "") -> None:
-    folder.mkdir(exist_ok=True)
-    files = {
-        "tinyattn.py": MODULE.format(factor=factor, extra=extra).encode(),
-        f"{name}-{version}.dist-info/entry_points.txt": ENTRY.encode(),
-    }
-    if name != "tinyattn":
-        files = {f"{name}.py": b""}
-    path = folder / f"{name}-{version}-py3-none-any.whl"
-    path.write_bytes(wheel_bytes(name, version, files))
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedSides]:
+    server = ForkedSides(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
 
 
-def bisect(project: Path, *words: str, status: int) -> tuple[dict[str, Any], str]:
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(("ATTNBENCH_", "PIP_"))}
-    variables |= {
-        "OMP_NUM_THREADS": "1",
-        "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": str(project / "wheels"),
-        "PIP_CONFIG_FILE": os.devnull,
-    }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "attnbench",
-            "bisect",
-            *POINT,
-            *words,
-            "--rounds",
-            "5",
-            "--cache-dir",
-            str(project / "c"),
-            "--format",
-            "json",
-        ],
-        cwd=project,
-        env=variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return (json.loads(done.stdout) if done.stdout else {}), done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_versions_of_a_package(tmp_path: Path) -> None:
-    wheels = tmp_path / "wheels"
-    write_wheel(wheels, "tinyattn", "1.0", 1.0)
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `wheels`, which is all that pip finds, and the environments made of them."""
+    folder = tmp_path_factory.mktemp("packages")
+    wheels = folder / "wheels"
+    for version in ("0.9", "1.0"):
+        write_wheel(wheels, "tinyattn", version, 1.0)
     write_wheel(wheels, "tinyattn", "1.2", 1.0, extra="raise OSError('an older libcuda')")
     write_wheel(wheels, "tinyattn", "1.10", 1.07)
+    with offline_pip(wheels):
+        yield folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Repository:
+    """A clone of the made-up project."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self.git("init", "-q", "-b", "main")
+
+    def git(self, *words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        done = subprocess.run(
+            ["git", *who, *words], cwd=self.folder, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    def commit(self, subject: str, factor: float = 1.0, project: str = PROJECT) -> str:
+        """Its hash."""
+        text = MODULE.format(factor=factor, extra=f"# {subject}")
+        (self.folder / "tinyattn.py").write_text(text)
+        (self.folder / "pyproject.toml").write_text(project)
+        (self.folder / "tiny_build.py").write_text(f"ENTRY = {ENTRY!r}\n{BUILD}")
+        self.git("add", "-A")
+        self.git("commit", "-q", "-m", subject)
+        return self.git("rev-parse", "HEAD")
+
+
+def test_versions_of_a_package(
+    packages: Path, here: Path, sides: ForkedSides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alternate, "_run", sides)
     words = ("--package", "tinyattn==1.0..1.10")
-    found, said = bisect(tmp_path, *words, status=3)
+    found, said = bisect(*words, status=3)
     # What does not load may be the first bad one as well as what comes after it.
     assert found["suspects"] == ["tinyattn 1.2", "tinyattn 1.10"]
     assert found["first_bad"] is None
@@ -123,62 +121,111 @@ def test_versions_of_a_package(tmp_path: Path) -> None:
     assert "an older libcuda" in step["why"]
     assert "tinyattn 1.10 is 1.07 times tinyattn 1.0, p = 0.004" in said
     # Rows lie apart from the history.
-    (measured,) = (tmp_path / "results" / ".bisect").glob("*/measurements")
+    (measured,) = (here / "results" / ".bisect").glob("*/measurements")
     assert len(ResultsFolder(measured).runs()) == 10
     # Asked again, it answers from its journal.
-    again, said = bisect(tmp_path, *words, status=3)
+    started = sides.started
+    again, said = bisect(*words, status=3)
     assert again == found
     assert "going on with 11 measurements" in said
-    assert len(ResultsFolder(measured).runs()) == 10
+    assert sides.started == started
+    # Swapped ends are a usage error.
+    swapped, _ = bisect("--package", "tinyattn==1.10..1.0", status=2)
+    assert "the bad end is the faster one; swap the ends" in swapped["problem"]
     # Equal ends are refused.
-    write_wheel(wheels, "tinyattn", "1.9", 1.0)
-    refused, _ = bisect(tmp_path, "--package", "tinyattn==1.0..1.9", status=3)
+    refused, _ = bisect("--package", "tinyattn==0.9..1.0", status=3)
     assert "do not really differ here" in refused["problem"]
     assert refused["first_bad"] is None
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_commits_of_a_project(tmp_path: Path) -> None:
-    repository = tmp_path / "repository"
-    repository.mkdir()
+def test_a_candidate_in_a_real_process(packages: Path, here: Path) -> None:
+    """Its own interpreter, its own version of the package, and torch from behind."""
+    line = package_candidates("tinyattn==1.0..1.10")
+    assert [one.label for one in line] == ["tinyattn 1.0", "tinyattn 1.2", "tinyattn 1.10"]
+    part = PlanPart((WORKLOAD,), ("TINY_ATTN",))
+    options = MeasureOptions(timer="fake")
+    measure = Measurer(line, part, options, here / "rows", packages / "c", Silent())
+    good, broken, bad = (measure(n) for n in range(3))
+    assert good.seconds is not None
+    assert bad.seconds is not None
+    assert bad.seconds == pytest.approx(1.07 * good.seconds, rel=1e-6)
+    assert (broken.seconds, broken.status) == (None, "CRASH")
+    assert "an older libcuda" in broken.why
 
-    def git(*words: str) -> str:
-        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-        done = subprocess.run(
-            ["git", *who, *words], cwd=repository, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
 
-    def commit(subject: str, factor: float, project: str = PROJECT) -> str:
-        (repository / "tinyattn.py").write_text(MODULE.format(factor=factor, extra=f"# {subject}"))
-        (repository / "pyproject.toml").write_text(project)
-        (repository / "tiny_build.py").write_text(f"ENTRY = {ENTRY!r}\n{BUILD}")
-        git("add", "-A")
-        git("commit", "-q", "-m", subject)
-        return git("rev-parse", "HEAD")
-
-    git("init", "-q", "-b", "main")
-    good = commit("Good", 1.0)
-    broken = commit("Broken build", 1.0, project="[project")
-    commit("Still good", 1.0)
-    bad = commit("A faster kernel, promised", 1.05)
-    found, said = bisect(
-        tmp_path, "--commits", f"{good}..main", "--repo", str(repository), status=0
-    )
+def test_commits_of_a_project(
+    packages: Path, here: Path, sides: ForkedSides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alternate, "_run", sides)
+    repository = Repository(here / "repository")
+    good = repository.commit("Good")
+    broken = repository.commit("Broken build", project="[project")
+    repository.commit("Still good")
+    bad = repository.commit("A faster kernel, promised", 1.05)
+    # What is not committed is neither measured nor touched.
+    (repository.folder / "tinyattn.py").write_text("raise OSError('edited')")
+    found, said = bisect("--commits", f"{good}..main", "--repo", "repository", status=0)
     assert found["first_bad"] == f"{bad[:12]} A faster kernel, promised"
     assert found["ratio"] == pytest.approx(1.05, rel=0.002)
     steps = {step["candidate"]: step["outcome"] for step in found["steps"]}
     assert steps[f"{broken[:12]} Broken build"] == "skipped"
     assert sorted(steps.values()) == ["good", "skipped"]
     assert "no wheel of" in said
-    _, said = bisect(tmp_path, "--commits", "main.." + good, "--repo", str(repository), status=2)
-    assert f"{good} does not follow main" in said
+    assert repository.git("status", "--porcelain") == "M tinyattn.py"
 
 
-def test_what_is_typed_wrong_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "wheels").mkdir()
-    write_wheel(tmp_path / "wheels", "tinyattn", "1.0", 1.0)
+def test_a_line_of_commits(here: Path) -> None:
+    repository = Repository(here / "repository")
+    first = repository.commit("First")
+    repository.git("switch", "-q", "-c", "side")
+    side = repository.commit("On a branch", 1.01)
+    repository.git("switch", "-q", "main")
+    second = repository.commit("Second", 1.02)
+    repository.git("merge", "-q", "-s", "ours", "-m", "A merge", "side")
+    merge = repository.git("rev-parse", "HEAD")
+    hostile = "\x1b[31m" + 90 * "x" + "\u202e"
+    repository.git("commit", "-q", "--allow-empty", "-m", hostile)
+    line = commit_candidates(f"{first}..main", repository.folder)
+    assert [one.label[:12] for one in line[:3]] == [one[:12] for one in (first, second, merge)]
+    assert [one.label[13:] for one in line[:3]] == ["First", "Second", "A merge"]
+    assert line[3].label.isprintable()
+    assert len(line[3].label) <= 80
+    # From a commit of the branch that was merged: the states of the line that have it.
+    line = commit_candidates(f"{side}..main", repository.folder)
+    assert [one.label[13:] for one in line[:3]] == ["On a branch", "Second", "A merge"]
+    # A clone that does not go back that far.
+    url = f"file://{repository.folder}"
+    subprocess.run(["git", "clone", "-q", "--depth=2", url, "shallow"], cwd=here, check=True)
+    repository.git("commit", "-q", "--allow-empty", "-m", "\udcff\udcfe not UTF-8")
+    assert "not UTF-8" in commit_candidates("main~..main", repository.folder)[-1].label
+    repository.git("branch", "other", first)
+    repository.git("switch", "-q", "other")
+    repository.commit("Elsewhere", 1.03)
+    for words, said in (
+        ((f"{first}..main", "shallow"), "no commit .*--unshallow"),
+        (("main..main~0", "repository"), "both are .*; name two that differ"),
+        ((f"main..{first}", "repository"), "comes after .*; swap them"),
+        (("main..other", "repository"), r"does not follow main \(rebased\?\)"),
+        (("main..main", "repository"), "good and bad are the same"),
+        (("main...other", "repository"), "as GOOD..BAD"),
+        (("--help..main", "repository"), "no commit '--help'"),
+        (("nothing..main", "nowhere"), "no commit|no git repository|nowhere"),
+    ):
+        code, _, told = attnbench(
+            "bisect", WORKLOAD, "--backend", "CPU_ATTN", "--commits", words[0], "--repo", words[1]
+        )
+        assert code == ExitCode.USAGE
+        (told_line,) = told.splitlines()
+        assert re.search(said, told_line), told_line
+
+
+def test_what_is_typed_wrong_is_one_line(packages: Path, here: Path) -> None:
+    code, _, told = attnbench("bisect", *POINT, "--package", "tinyattn==1..2", "--rounds", "4")
+    assert code == ExitCode.USAGE
+    assert "--rounds 4: 5 or more" in told
+    code, _, told = attnbench("bisect", "8x1s", "--backend", "B", "--package", "nosuch==1..2")
+    assert code == ExitCode.USAGE
+    assert "8x1s" in told
     for words, said in (
         ((), "one of --commits, --package and --stacks"),
         (("--package", "a==1..2", "--stacks", "a..b"), "one of --commits"),
@@ -186,53 +233,22 @@ def test_what_is_typed_wrong_is_one_line(tmp_path: Path) -> None:
         (("--package", "nosuchthing==1.0..2.0"), "pip finds no versions of nosuchthing"),
         (("--package", "tinyattn"), "NAME==GOOD..BAD"),
         (("--package", "tinyattn==1.0"), "GOOD..BAD"),
+        (("--package", "tinyattn==1.0..1.0"), "good and bad are the same"),
+        (("--package", "tinyattn==1.0..1.0.0"), "both are 1.0; name two that differ"),
         (("--package", "tinyattn==x..y"), "e.g. torch==2.11..2.13"),
-        (("--commits", "a..b"), "no git repository|not a git repository|no commit"),
+        (("--package", "tinyattn==1.0..1.10", "--repo", "."), "leave it out with --package"),
+        (("--commits", "a..b"), "no commit 'a'"),
     ):
-        _, stderr = bisect(tmp_path, *words, status=2)
+        _, stderr = bisect(*words, status=2)
         (line,) = stderr.strip().splitlines()
-        assert any(one in line for one in said.split("|")), line
+        assert said in line, line
 
 
-def test_candidates_between_two_stacks(tmp_path: Path) -> None:
-    from attnbench.errors import UsageError
-    from attnbench.history.runs import RUN_COLUMNS, runs_of
-    from attnbench.upgrade.bisect_sides import stack_candidates
-    from attnbench.upgrade.tell import Silent
-
-    stacks = [
-        ("python==3.11.7", "tinya==1.0", "tinyattn==1.0", "tinyz==5"),
-        ("python==3.12.1", "tinya==2.0", "tinyattn==1.10", "tinyz==5"),
-    ]
-    folder = ResultsFolder(tmp_path / "results")
-    for number, stack in enumerate(stacks):
-        header = RunHeader.new()
-        with folder.open_run(header) as run:
-            more: dict[str, Any] = {"stack": stack, "stack_id": stack_id(stack)}
-            run.append(row(number, **{"run_id": header.run_id, **more}))
-            run.seal()
-    runs = runs_of(folder.table(RUN_COLUMNS))
-    ids = [stack_id(stack) for stack in stacks]
-    line = stack_candidates(f"{ids[0]}..{ids[1]}", runs)
-    assert [one.label for one in line] == [
-        f"stack of {ids[0]}",
-        "tinya 1.0 -> 2.0",
-        "tinyattn 1.0 -> 1.10",
-    ]
-    with pytest.raises(UsageError, match="is no stored stack"):
-        stack_candidates(f"{ids[0]}..nothing", runs)
-    wheels = tmp_path / "wheels"
-    for name, version in (("tinya", "2.0"), ("tinyattn", "1.0")):
-        write_wheel(wheels, name, version, 1.0)
-    before = {name: os.environ.get(name) for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS")}
-    os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
-    try:
-        side = line[1].make(tmp_path / "c", Silent())
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-    assert side.first is not None
-    installed = {path.name for path in side.first.glob("*.dist-info")}
-    assert installed == {"tinya-2.0.dist-info", "tinyattn-1.0.dist-info"}
+def test_the_command_itself(packages: Path, here: Path) -> None:
+    words = ["-m", "attnbench", "bisect", WORKLOAD, "--backend", "X"]
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert done.returncode == ExitCode.USAGE
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1

@@ -164,8 +164,11 @@ def test_another_failure_than_the_bad_ends_is_no_answer(tmp_path: Path) -> None:
 def test_an_end_that_cannot_be_built_is_refused(tmp_path: Path, place: int, said: str) -> None:
     levels = steps(2, size=5)
     levels[place] = NO
-    found = Machine(levels).search(tmp_path)
+    machine = Machine(levels)
+    found = machine.search(tmp_path)
     assert found.problem.startswith(said)
+    # A good end that does not work says it all.
+    assert place != 0 or machine.measured == [0]
     assert "does not compile" in found.problem
 
 
@@ -219,3 +222,47 @@ def test_wrong_answers_are_rare(tmp_path: Path) -> None:
             wrong += found.suspects != ("c4",)
     assert wrong <= 3
     assert named >= 20
+
+
+class Stumbling(Machine):
+    """The first process of a round is slow, as after a pause, whosever it is."""
+
+    def __init__(self, levels: list[float | Reading], penalty: float, spread: float = 1e-4) -> None:
+        super().__init__(levels, spread)
+        self.penalty = penalty
+
+    def __call__(self, place: int) -> Reading:
+        reading = super().__call__(place)
+        # Both ends alone: rounds of two.
+        if len(self.measured) % 2 == 1 and reading.seconds is not None:
+            return Reading(reading.seconds * self.penalty, reading.status)
+        return reading
+
+
+@pytest.mark.parametrize("penalty", [1.06, 1 / 1.06])
+def test_who_goes_first_in_a_round_makes_no_difference(tmp_path: Path, penalty: float) -> None:
+    """Equal ends stay equal: were one of them always first, it would be 6 % slower, or faster."""
+    machine = Stumbling([1.0, 1.0], penalty)
+    found = machine.search(tmp_path)
+    assert "good and bad do not really differ here" in found.problem
+    assert not found.is_wrong_way
+    first = machine.measured[::2]
+    assert abs(first.count(0) - first.count(1)) <= 1
+    assert found.ends is not None
+    assert found.ends.estimate.ratio == pytest.approx(1.0, abs=2e-3)
+
+
+def test_steady_drift_is_the_same_for_both_ends(tmp_path: Path) -> None:
+    machine = Machine([1.0, 1.05], spread=0.0)
+    machine.drift = 0.002
+    found = machine.search(tmp_path)
+    assert len(machine.measured) == 24  # clear at the first look, the ends and the answer
+    assert found.ends is not None
+    assert found.ends.estimate.ratio == pytest.approx(1.05, abs=1e-5)
+
+
+def test_a_candidate_and_both_ends_take_turns_too(tmp_path: Path) -> None:
+    machine = Machine(steps(1, size=3))
+    machine.search(tmp_path)
+    after_ends = machine.measured[12:]
+    assert after_ends[:9] == [1, 0, 2, 2, 0, 1, 1, 0, 2]

@@ -28,7 +28,7 @@ from attnbench.history.stacks import (
 )
 from attnbench.store import ResultsFolder, RunHeader
 from attnbench.store.record import Measurement, stack_id
-from attnbench.upgrade.bisect_sides import stack_candidates
+from attnbench.upgrade.bisect_stacks import known_stacks, stack_candidates
 from tests.history.fake import row, table_of
 
 A = ("python==3.11.7", "torch==2.12.0")
@@ -162,4 +162,6 @@ def test_pages_and_bisect_go_by_the_same_stacks() -> None:
     told = runs_of(table_of(night(0, driver_version=line)))
     assert runs_data(told, 0)["runs"][0]["driver"] == KERNEL_LINES[line]
     for text in (f"{stack_id(A)}..{stack_id(B)}", "..".join(run.stack_key for run in runs)):
-        assert [c.label for c in stack_candidates(text, runs)][1:] == ["torch 2.12.0 -> 2.13.0"]
+        known = known_stacks((), stacks_of_runs(runs))
+        candidates = stack_candidates(text, known, print, lambda: runs[0].device_class)
+        assert [c.label for c in candidates][1:] == ["torch 2.12.0 -> 2.13.0"]
