@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from real_noise import STEADY_CV, STEPS, residuals, robust_cv
 
 from attnbench.history.change_points import change_points_of_panel
 
@@ -31,25 +32,10 @@ Array = NDArray[np.float64]
 Detector = Callable[[Array], list[list[int]]]
 
 NIGHTS = 200
-STEPS = (0.02, 0.03, 0.05, 0.10)
 DELAYS = (3, 5, 10, 20)
 #: A change point so near to the step found it.
 TOLERANCE = 5
-QUIET = 0.005
-
-
-def residuals(path: Path) -> list[Array]:
-    """Log residuals of every series of `path`, oldest first."""
-    import pandas as pd
-
-    table = pd.read_parquet(path, columns=["series", "commit_time_ms", "seconds"])
-    found = []
-    for _, rows in table.sort_values("commit_time_ms", kind="stable").groupby("series"):
-        y = np.log(rows["seconds"].to_numpy(dtype=np.float64))
-        padded = np.pad(y, 10, mode="reflect")
-        level = np.median(np.lib.stride_tricks.sliding_window_view(padded, 21), axis=1)
-        found.append(y - level)
-    return found
+_LOWER = np.tri(NIGHTS)
 
 
 def made_up(num_series: int, rng: np.random.Generator) -> list[Array]:
@@ -147,11 +133,11 @@ def _energy(distance: Array, shortest: int = 5) -> tuple[float, int]:
     k = np.arange(shortest, size - shortest + 1)
     if not len(k):
         return -1.0, 0
-    sums = np.pad(distance.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    joint = distance.sum(axis=1).cumsum()
+    within_old = 2 * np.einsum("ij,ij->i", distance, _LOWER[:size, :size]).cumsum()[k - 1]
     m = size - k
-    within_old = sums[k, k]
-    within_new = sums[size, size] - 2 * sums[size, k] + sums[k, k]
-    between = sums[k, size] - sums[k, k]
+    between = joint[k - 1] - within_old
+    within_new = joint[-1] - 2 * joint[k - 1] + within_old
     q = 2 * between / (k * m) - within_old / (k * (k - 1)) - within_new / (m * (m - 1))
     q *= k * m / size
     return float(q.max()), int(k[q.argmax()])
@@ -160,7 +146,7 @@ def _energy(distance: Array, shortest: int = 5) -> tuple[float, int]:
 def line(name: str, detect: Detector, block: Array, seed: int) -> str:
     """A row of the table."""
     rng = np.random.default_rng(seed)
-    quiet = 1.4826 * np.median(np.abs(block), axis=1) <= QUIET
+    quiet = np.array([robust_cv(y) <= STEADY_CV for y in block])
     places = rng.integers(30, NIGHTS - 30, size=len(block))
     start = time.perf_counter()
     null = detect(block)

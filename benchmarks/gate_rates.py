@@ -1,6 +1,6 @@
-"""False alarms and power of the nightly gate on real noise: the table of docs/verdict.md.
+"""False alarms and power of the nightly gate on real noise: the tables of docs/verdict.md.
 
-    python benchmarks/gate_rates.py HISTORY.parquet [--seed N]
+    python benchmarks/gate_rates.py HISTORY.parquet [--seed N] [--halves]
 
 HISTORY has the columns series, commit_time_ms and seconds: real benchmark series over commits.
 Noise is what is left of a series' log seconds after its running median over 21 commits. Every
@@ -9,54 +9,66 @@ is picked is confirmed with a stretch of noise of that series from elsewhere, it
 turn to the build before and the new one, and all confirmations of a night are judged together.
 Steps are injected at eight places of every series, one series at a time, and followed for three
 nights. The same seed prints the same table.
+
+With --halves the limits of both looks are chosen anew on a random half of the series and measured
+on the other half, both ways round, `SPLITS` times. Nights are of all series. The rule: of the
+limits of `GRID`, strictest first, with at most one false alarm in 10,000 series-nights, the first
+with a power of 0.9 three nights after a step of 3 % in a steady series; if none has it, the one
+with most.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
+from real_noise import STEADY_CV, STEPS, Floats, residuals, robust_cv
 
+from attnbench.history import confirm, gate
 from attnbench.history.confirm import (
     FALSE_ALARMS,
     FUTILITY_ROUNDS,
-    LARGEST_P,
     ROUNDS,
     SecondLook,
     is_futile,
     second_look,
 )
-from attnbench.history.gate import DEPTH, Screen, accepted, pick, screen
-from attnbench.history.rule import TIMER_NOISE
+from attnbench.history.gate import DEPTH, PICKED_NOISE, Screen, accepted, pick, screen
+from attnbench.history.looks import looks_of
+from attnbench.history.rule import TIMER_NOISE, Verdict
+from attnbench.history.series_verdict import first_verdict
 
-Floats = NDArray[np.float64]
-
-STEPS = (0.02, 0.03, 0.05, 0.10)
 PLACES, NIGHTS = 8, 3
-SMOOTHED = 21
-STEADY_CV = 0.005
 NOISE = TIMER_NOISE["event"]
 SECOND_LOOKS = 20
+SPLITS = 200
 
 
-def residuals(path: Path) -> list[Floats]:
-    """One array of log seconds around zero per series, in order of commit time."""
-    import pandas as pd
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What was chosen by measurement, in both looks; as the gate has it."""
 
-    found = []
-    for _, rows in pd.read_parquet(path).groupby("series"):
-        logs = np.log(rows.sort_values("commit_time_ms").seconds.to_numpy())
-        padded = np.pad(logs, SMOOTHED // 2, mode="reflect")
-        found.append(logs - np.median(sliding_window_view(padded, SMOOTHED), axis=1))
-    return found
+    share: float = PICKED_NOISE
+    first_p: float = gate.LARGEST_P
+    second_p: float = confirm.LARGEST_P
+
+    def __str__(self) -> str:
+        return f"{self.share:.0%}, {self.first_p:.1%}; {self.second_p:.2%}"
 
 
-def robust_cv(noise: Floats) -> float:
-    """Scaled median absolute deviation: the standard deviation without the odd runs."""
-    return float(1.4826 * np.median(np.abs(noise)))
+AS_IS = Limits()
+
+#: Strictest first look first, and with each the strictest second look first.
+GRID = tuple(
+    Limits(share, first_p, second_p)
+    for share, first_p in ((0.2, 0.005), (0.3, 0.01), (0.5, 0.01), (0.5, 0.02), (0.5, 0.05))
+    for second_p in (0.0025, 0.005, 0.01)
+)
 
 
 def rolling(noise: Floats) -> Floats:
@@ -77,11 +89,11 @@ def looked_again(noise: Floats, step: float, rng: np.random.Generator) -> Second
     return second_look(subject, reference)
 
 
-def alarms(looks: list[SecondLook | None]) -> list[bool]:
+def alarms(looks: list[SecondLook | None], largest_p: float) -> list[bool]:
     """Of one night's second looks, in order: which are alarms (`looks.alarm_limit`)."""
     p = np.array([look.p if look is not None else 1.0 for look in looks])
     passing = p[accepted(p, FALSE_ALARMS)]
-    limit = min(LARGEST_P, passing.max()) if len(passing) else 0.0
+    limit = min(largest_p, passing.max()) if len(passing) else 0.0
     return [look is not None and look.is_slower(NOISE, limit) for look in looks]
 
 
@@ -102,13 +114,43 @@ class Nights:
         )
         self.found = look(rows)
 
-    def picked(self) -> NDArray[np.bool_]:
+    def nights_of(self) -> NDArray[np.int64]:
+        """How many nights each series has."""
+        return np.bincount(self.of_row, minlength=len(self.series))
+
+    def picked(self, limits: Limits = AS_IS) -> NDArray[np.bool_]:
         """Row -> picked in its night."""
         result = np.zeros(len(self.night), bool)
         for night in np.unique(self.night):
             rows = np.flatnonzero(self.night == night)
-            result[rows] = pick(rows_of(self.found, rows), np.full(len(rows), NOISE.floor))
+            result[rows] = picks(rows_of(self.found, rows), limits)
         return result
+
+    def picked_with(self, i: int, own: Screen, night: int, limits: Limits) -> list[int] | None:
+        """The other series picked in `night` when series `i` shows `own`; None: `i` is not."""
+        others = np.flatnonzero((self.night == night) & (self.of_row != i))
+        rest = rows_of(self.found, others)
+        both = Screen(
+            *(
+                np.concatenate([getattr(own, field.name), getattr(rest, field.name)])
+                for field in fields(Screen)
+            )
+        )
+        chosen = picks(both, limits)
+        return self.of_row[others[chosen[1:]]].tolist() if chosen[0] else None
+
+    def confirmed(
+        self, i: int, others: list[int], step: float, limits: Limits, rng: np.random.Generator
+    ) -> bool:
+        """Whether series `i`, slower by `step`, is an alarm, `others` being measured again too."""
+        again = [looked_again(self.series[i], step, rng)]
+        again += [looked_again(self.series[other], 0.0, rng) for other in others]
+        return alarms(again, limits.second_p)[0]
+
+
+def picks(found: Screen, limits: Limits) -> NDArray[np.bool_]:
+    floors = np.full(len(found.p), NOISE.floor)
+    return pick(found, floors, limits.share, limits.first_p)
 
 
 def look(rows: Floats) -> Screen:
@@ -119,86 +161,239 @@ def rows_of(found: Screen, rows: NDArray[np.int64]) -> Screen:
     return Screen(*(getattr(found, name)[rows] for name in Screen.__dataclass_fields__))
 
 
-def false_alarms(nights: Nights, rng: np.random.Generator) -> str:
-    picked = nights.picked()
-    looks = futile = false = open_ = 0
+@dataclass(frozen=True, slots=True)
+class Quiet:
+    """What the gate did in nights without a step.
+
+    Attributes:
+        picked: share of the series-nights.
+        given_up: share of the second looks.
+        undecided: in 10,000 series-nights.
+        false_alarms: of each series, in 10,000 nights.
+    """
+
+    picked: float
+    given_up: float
+    undecided: float
+    false_alarms: Floats
+
+
+def quiet(nights: Nights, rng: np.random.Generator, limits: Limits = AS_IS) -> Quiet:
+    picked = nights.picked(limits)
+    looks = futile = open_ = 0
+    false = np.zeros(len(nights.series))
     for night in np.unique(nights.night):
         rows = np.flatnonzero(picked & (nights.night == night))
         for _ in range(SECOND_LOOKS):
             found = [looked_again(nights.series[nights.of_row[row]], 0.0, rng) for row in rows]
-            is_alarm = alarms(found)
+            is_alarm = np.array(alarms(found, limits.second_p), bool)
             looks += len(found)
             futile += sum(look is None for look in found)
-            false += sum(is_alarm)
+            false[nights.of_row[rows[is_alarm]]] += 1
             open_ += sum(
                 look is not None and look.is_open(NOISE) and not alarm
                 for look, alarm in zip(found, is_alarm, strict=True)
             )
-    total = len(nights.night)
-    times = total * SECOND_LOOKS
-    return (
-        f"{len(nights.series)} series, {total} series-nights: {picked.mean():.2%} picked by the "
-        f"first look, of these {futile / max(looks, 1):.0%} given up after {FUTILITY_ROUNDS} "
-        f"rounds; in 10,000 series-nights {false / times * 1e4:.2f} false alarms after "
-        f"confirmation and {open_ / times * 1e4:.2f} left undecided"
+    times = nights.nights_of() * SECOND_LOOKS / 1e4
+    return Quiet(
+        picked=float(picked.mean()),
+        given_up=futile / max(looks, 1),
+        undecided=open_ / times.sum(),
+        false_alarms=false / times,
     )
 
 
-def power(nights: Nights, step: float, rng: np.random.Generator) -> NDArray[np.float64]:
-    """[num_series, NIGHTS]: share of the steps confirmed by the first, second, third night."""
-    result = np.zeros((len(nights.series), NIGHTS))
-    for i, noise in enumerate(nights.series):
-        first = DEPTH
-        places = np.linspace(first, len(noise) - NIGHTS, PLACES).astype(int)
-        rows = []
-        for place in places:
-            stepped = noise.copy()
-            stepped[place:] += np.log1p(step)
-            rows += [stepped[place + n + 1 - DEPTH : place + n + 1] for n in range(NIGHTS)]
-        found = look(np.array(rows))
+@dataclass(frozen=True, slots=True)
+class Untold:
+    """What is measured again though it was not picked: its past is too restless to tell.
+
+    `share` of the series-nights; `false_alarms` and `undecided` in 10,000 of them.
+    """
+
+    share: float
+    false_alarms: float
+    undecided: float
+
+
+def untold(nights: Nights, rng: np.random.Generator) -> Untold:
+    """Nights without a step; the build before takes turns."""
+    rows_again: list[int] = []
+    for night in np.unique(nights.night):
+        rows = np.flatnonzero(nights.night == night)
+        firsts = looks_of(rows_of(nights.found, rows), np.full(len(rows), NOISE.floor))
+        rows_again += [
+            row
+            for row, first in zip(rows.tolist(), firsts, strict=True)
+            if first is not None and first_verdict(first, NOISE, True)[0] is Verdict.UNDECIDED
+        ]
+    false = open_ = 0
+    for _ in range(SECOND_LOOKS):
+        for row in rows_again:
+            found = looked_again(nights.series[nights.of_row[row]], 0.0, rng)
+            if found is not None:
+                is_alarm = found.is_slower(NOISE, confirm.LARGEST_P_UNPICKED)
+                false += is_alarm
+                open_ += found.is_open(NOISE) and not is_alarm
+    times = len(nights.night) * SECOND_LOOKS / 1e4
+    return Untold(len(rows_again) / len(nights.night), false / times, open_ / times)
+
+
+def power(
+    nights: Nights,
+    step: float,
+    rng: np.random.Generator,
+    limits: Limits = AS_IS,
+    chosen: list[int] | None = None,
+) -> Floats:
+    """[num_series, NIGHTS]: share of the steps confirmed by the first, second, third night.
+
+    Only of the `chosen` series where there are some.
+    """
+    chosen = list(range(len(nights.series))) if chosen is None else chosen
+    result = np.zeros((len(chosen), NIGHTS))
+    for row, i in enumerate(chosen):
+        noise = nights.series[i]
+        places = np.linspace(DEPTH, len(noise) - NIGHTS, PLACES).astype(int).tolist()
+        found = look(
+            np.array(
+                [
+                    stepped(noise, place, step)[place + n + 1 - DEPTH : place + n + 1]
+                    for place in places
+                    for n in range(NIGHTS)
+                ]
+            )
+        )
         for p, place in enumerate(places):
             for n in range(NIGHTS):
-                row = p * NIGHTS + n
-                others = np.flatnonzero(
-                    (nights.night == place + n - len(noise)) & (nights.of_row != i)
-                )
-                own = rows_of(found, np.array([row]))
-                rest = rows_of(nights.found, others)
-                both = Screen(
-                    *(
-                        np.concatenate([getattr(own, name), getattr(rest, name)])
-                        for name in Screen.__dataclass_fields__
-                    )
-                )
-                is_picked = pick(both, np.full(len(others) + 1, NOISE.floor))
-                if not is_picked[0]:
-                    continue
-                again = [looked_again(noise, step, rng)]
-                again += [
-                    looked_again(nights.series[nights.of_row[other]], 0.0, rng)
-                    for other in others[is_picked[1:]]
-                ]
-                if alarms(again)[0]:
-                    result[i, n:] += 1 / PLACES
+                own = rows_of(found, np.array([p * NIGHTS + n]))
+                others = nights.picked_with(i, own, place + n - len(noise), limits)
+                if others is not None and nights.confirmed(i, others, step, limits, rng):
+                    result[row, n:] += 1 / PLACES
                     break
     return result
+
+
+def stepped(noise: Floats, place: int, step: float) -> Floats:
+    """`noise` with all from `place` on slower by `step`."""
+    slower: Floats = noise + np.log1p(step) * (np.arange(len(noise)) >= place)
+    return slower
+
+
+def steady_of(series: list[Floats]) -> list[int]:
+    return [i for i, noise in enumerate(series) if robust_cv(noise) <= STEADY_CV]
+
+
+Choice = tuple[float, float]  # false alarms in 10,000 series-nights, power
+
+
+def chosen_limits(found: Mapping[Limits, Choice]) -> Limits:
+    """By the rule above, of limits strictest first."""
+    allowed = [limits for limits, (false, _) in found.items() if false <= 1]
+    if not allowed:
+        raise SystemExit("every setting gives more than one false alarm in 10,000 series-nights")
+    enough = [limits for limits in allowed if found[limits][1] >= 0.9]
+    return enough[0] if enough else max(allowed, key=lambda limits: found[limits][1])
+
+
+def held_back(
+    false: Floats, power: Floats, weights: Floats, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], Floats, Floats]:
+    """Choose on one half of the series, measure on the other, both ways, `SPLITS` times.
+
+    `false` and `power` are [num_limits, num_series] in the order of `GRID`, `weights` the nights of
+    each series; power is nan for a series that is not steady. Three: the limits chosen, as indices
+    [2 * SPLITS], and what the other half's figures are with these limits, and as the gate has
+    them, [2 * SPLITS, 2] each.
+    """
+    chosen, found, as_is = [], [], []
+    for _ in range(SPLITS):
+        order = rng.permutation(false.shape[1])
+        halves = (order[: len(order) // 2], order[len(order) // 2 :])
+        measured = [
+            np.stack(
+                [
+                    np.average(false[:, half], axis=1, weights=weights[half]),
+                    np.nanmean(power[:, half], axis=1),
+                ],
+                axis=1,
+            )
+            for half in halves
+        ]
+        for own, other in (measured, measured[::-1]):
+            rows = {limits: (row[0], row[1]) for limits, row in zip(GRID, own, strict=True)}
+            at = GRID.index(chosen_limits(rows))
+            chosen.append(at)
+            found.append(other[at])
+            as_is.append(other[GRID.index(AS_IS)])
+    return np.array(chosen), np.array(found), np.array(as_is)
+
+
+def halves(series: list[Floats], seed: int) -> list[str]:
+    """The tables of --halves."""
+    nights, steady = Nights(series), steady_of(series)
+    weights = nights.nights_of().astype(float)
+    false = np.zeros((len(GRID), len(series)))
+    shares = np.full((len(GRID), len(series)), np.nan)
+    picked = []
+    for at, limits in enumerate(GRID):
+        still = quiet(nights, np.random.default_rng(seed), limits)
+        picked.append(still.picked)
+        false[at] = still.false_alarms
+        found = power(nights, 0.03, np.random.default_rng(seed), limits, steady)
+        shares[at, steady] = found[:, -1]
+    chosen, other, as_is = held_back(false, shares, weights, np.random.default_rng(seed))
+    lines = ["| share, p; p again | picked | false in 10,000 | power | chosen |", "|" + "---|" * 5]
+    lines += [
+        f"| {limits} | {picked[at]:.1%} | {np.average(false[at], weights=weights):.2f} "
+        f"| {np.nanmean(shares[at]):.3f} | {(chosen == at).mean():.0%} |"
+        for at, limits in enumerate(GRID)
+    ]
+    lines.append("\n| on the half held back | false in 10,000 | power | at least 0.9 |")
+    lines.append("|---|---|---|---|")
+    for name, (rates, powers) in (("as chosen", other.T), (f"always {AS_IS}", as_is.T)):
+        spread = [
+            f"{row.mean():.{digits}f} ({np.quantile(row, 0.05):.{digits}f} to "
+            f"{np.quantile(row, 0.95):.{digits}f})"
+            for row, digits in ((rates, 2), (powers, 3))
+        ]
+        lines.append(f"| {name} | {' | '.join(spread)} | {(powers >= 0.9).mean():.0%} |")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("history", type=Path)
     parser.add_argument("--seed", type=int, default=20261121)
+    parser.add_argument("--halves", action="store_true", help="choose on one half, measure on two")
     options = parser.parse_args()
+    series = residuals(options.history)
+    if options.halves:
+        print("\n".join(halves(series, options.seed)))
+        return
     rng = np.random.default_rng(options.seed)
-    nights = Nights(residuals(options.history))
-    print(false_alarms(nights, rng))
-    cv = np.array([robust_cv(noise) for noise in nights.series])
-    steady = cv <= STEADY_CV
+    nights = Nights(series)
+    found = quiet(nights, rng)
+    false = float(np.average(found.false_alarms, weights=nights.nights_of()))
+    print(
+        f"{len(series)} series, {len(nights.night)} series-nights: {found.picked:.2%} picked by "
+        f"the first look, of these {found.given_up:.0%} given up after {FUTILITY_ROUNDS} rounds; "
+        f"in 10,000 series-nights {false:.2f} false alarms after confirmation and "
+        f"{found.undecided:.2f} left undecided"
+    )
+    rest = untold(nights, np.random.default_rng(options.seed))
+    print(
+        f"{rest.share:.2%} more are measured again because their past is too restless to tell: "
+        f"{rest.false_alarms:.2f} false alarms and {rest.undecided:.2f} left undecided"
+    )
+    steady = steady_of(series)
     print(f"\n| step | series | after 1 night | 2 | {NIGHTS} |\n|---|---|---|---|---|")
     for step in STEPS:
-        found = power(nights, step, rng)
-        for name, chosen in ((f"cv <= 0.5 % ({steady.sum()})", steady), ("all", steady | True)):
-            cells = " | ".join(f"{share:.3f}" for share in found[chosen].mean(axis=0))
+        shares = power(nights, step, rng)
+        for name, rows in (
+            (f"cv <= 0.5 % ({len(steady)})", steady),
+            ("all", list(range(len(series)))),
+        ):
+            cells = " | ".join(f"{share:.3f}" for share in shares[rows].mean(axis=0))
             print(f"| {step:.0%} | {name} | {cells} |")
 
 

@@ -83,6 +83,7 @@ def measure(folder: Path, num_series: int, nights: int, seed: int) -> None:
         shutil.move(file, results / "runs" / file.name)
     lines.append(("judge, a night more", "", _fresh("judge", folder)))
     lines.append(("pages, a night more", "<= 5 s", _fresh("pages", folder)))
+    lines.append(("attnbench dashboard", "", _fresh("dashboard", folder)))
     print(
         f"| {'what':<22} | {'seconds':>8} | {'CPU s':>6} | {'peak MB':>8} | {'target':<16} | found"
     )
@@ -136,6 +137,19 @@ def history_step(folder: Path) -> str:
     return f"{len(done.stdout.splitlines()) - 1} lines"
 
 
+def dashboard_step(folder: Path) -> str:
+    """The whole command: also who wins where, and the gate's own record."""
+    from typer.testing import CliRunner
+
+    from attnbench.cli.main import app
+
+    words = ["dashboard", "--results", str(folder / "results"), "--site", str(folder / "site")]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    if done.exit_code:
+        raise SystemExit(done.output)
+    return f"{len(list((folder / 'site').glob('*.html')))} pages"
+
+
 def pages_step(folder: Path) -> str:
     from attnbench.dashboard import render
     from attnbench.history import judge
@@ -162,6 +176,7 @@ STEPS: dict[str, Callable[[Path], str]] = {
     "judge": judge_step,
     "history": history_step,
     "pages": pages_step,
+    "dashboard": dashboard_step,
 }
 
 

@@ -29,6 +29,7 @@ from attnbench.history.rule import (
     estimate,
     estimate_again,
 )
+from attnbench.history.series_verdict import first_verdict
 
 REPLICATES = 3
 
@@ -107,12 +108,7 @@ def _judge_alone(
             floor,
         )
         assert look is not None
-        verdict, reason = decide(look.estimate, noise)
-        if look.is_sure:
-            verdict, reason = Verdict.REGRESSION, Reason.SLOWER_THAN_FLOOR
-        elif verdict is Verdict.REGRESSION:
-            verdict, reason = Verdict.UNCHANGED, Reason.WITHIN_NOISE
-        result.append((look.estimate, verdict, reason))
+        result.append((look.estimate, *first_verdict(look, noise, beside=False)))
     return result
 
 

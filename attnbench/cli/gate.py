@@ -34,16 +34,17 @@ def gate(
     """
     from attnbench.history.panel import Panel
     from attnbench.history.rule import VerdictSettings
-    from attnbench.history.self_record import gate_record, rehearsals_of
+    from attnbench.history.self_record import gate_record, rehearsals_of, shards_of
     from attnbench.settings import load_settings
     from attnbench.store import ResultsFolder
 
     folder = ResultsFolder(load_settings().results if results is None else results)
     panel = Panel.of(folder)
     own = [r.run_id for r, theirs in zip(panel.runs, panel.is_published, strict=True) if not theirs]
-    rehearsals = rehearsals_of(folder, own)
+    headers = folder.headers()
+    rehearsals = rehearsals_of(headers, own)
     settings = VerdictSettings(has_reference=beside)
-    record = gate_record(panel, settings, rehearsals, nights, seed)
+    record = gate_record(panel, settings, rehearsals, nights, seed, shards_of(headers, own))
     found = record["false_alarms"]
     if not found["nights"]:
         note(

@@ -80,6 +80,7 @@ def nightly(
     from attnbench.cli.page_values import page_values, watch_of
     from attnbench.cli.sweeping import (
         Sweep,
+        check_slowdown,
         choose_suites,
         clock_hz,
         measure_options,
@@ -116,7 +117,9 @@ def nightly(
         )
         backends = backend or requested_backends(settings)
         suites = choose_suites(settings, suite or [])
-        plan = take_shard(make_plan(suites, preset or settings.preset, backends, device), shard)
+        whole = make_plan(suites, preset or settings.preset, backends, device)
+        check_slowdown(options, whole)
+        plan = take_shard(whole, shard)
         options = replace(
             options,
             shard=shard,
@@ -142,7 +145,8 @@ def nightly(
             duration_s += second.duration_s
             other = other.after(second)
             panel = Panel.of(folder)
-            judgement = judge(panel, run_id, judging, planned=planned)
+            # By what is stored, as whenever it is judged again.
+            judgement = judge(panel, run_id, planned=planned)
     points = {point.point_id: point.to_json() for point in sweep.plan}
     alarms = alarms_of(judgement, panel, known, stale_nights=settings.stale_nights, points=points)
     judgement = replace(judgement, alarms=alarms)
@@ -223,8 +227,8 @@ def _points_again(sweep: Sweep, panel: Panel, judgement: Judgement) -> list[Plan
     at_most = sweep.options.confirm_points
     begun = begun_points(panel, sweep.header.run_id)
     chosen = set(points_to_confirm(judgement, begun, at_most))
-    if chosen:
-        note(f"{len(chosen)} points look slower: measuring them again in fresh processes")
+    if fresh := len(chosen - set(begun)):
+        note(f"{fresh} points look slower: measuring them again in fresh processes")
     if more := len(set(judgement.flagged_points()) - chosen):
         note(f"{more} more do, and stay undecided: --confirm-at-most is {at_most}")
     return [point for point in sweep.plan if point.point_id in chosen]

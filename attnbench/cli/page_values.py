@@ -84,7 +84,7 @@ _RUNS_BETWEEN = 7
 def _gate_record(folder: ResultsFolder, panel: Panel, own: list[str]) -> dict[str, Any]:
     """`gate_record` with `as_of`, the newest run it counts; kept in `gate.json` of the results."""
     from attnbench.dashboard.pages import write_text_atomically
-    from attnbench.history.self_record import gate_record, rehearsals_of
+    from attnbench.history.self_record import gate_record, rehearsals_of, shards_of
 
     path = folder.path / "gate.json"
     if panel.num_series * panel.num_runs > _SMALL:
@@ -94,7 +94,10 @@ def _gate_record(folder: ResultsFolder, panel: Panel, own: list[str]) -> dict[st
                 return kept
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not there, or not ours: counted again
-    record = gate_record(panel, rehearsals=rehearsals_of(folder, own))
+    headers = folder.headers()
+    record = gate_record(
+        panel, rehearsals=rehearsals_of(headers, own), shards=shards_of(headers, own)
+    )
     record["as_of"] = own[-1] if own else ""
     # Results that may only be read have pages too.
     with contextlib.suppress(OSError):

@@ -17,7 +17,15 @@ from attnbench.cli.model_steps import (
     steps_of,
 )
 from attnbench.cli.output import Format, FormatOption, ResultsOption, emit
-from attnbench.cli.sweeping import L2_HELP, LOCK_HELP, RATED_HELP, SHARD_HELP, TIMER_HELP
+from attnbench.cli.sweeping import (
+    L2_HELP,
+    LOCK_HELP,
+    RATED_HELP,
+    SHARD_HELP,
+    TIMER_HELP,
+    BackendOption,
+    PresetOption,
+)
 from attnbench.cli.workload_options import (
     FEATURES,
     BlockSizeOption,
@@ -57,17 +65,12 @@ def run(
     suite: Annotated[
         list[str] | None, typer.Option(help="Measure this suite instead of a batch spec.")
     ] = None,
-    preset: Annotated[
-        str, typer.Option(help="Preset of the suites: smoke, nightly, full.")
-    ] = "smoke",
+    preset: PresetOption = "smoke",
     shape: ShapeOption = "",
     dtype: DtypeOption = "",
     kv_cache_dtype: KVCacheDtypeOption = "",
     block_size: BlockSizeOption = 0,
-    backend: Annotated[
-        list[str] | None,
-        typer.Option(help="Only this backend, NAME or NAME:variant; repeat for several."),
-    ] = None,
+    backend: BackendOption = None,
     metric: Annotated[
         PointMetric,
         typer.Option(help="Time attention, or also whole steps of a model of few layers."),
@@ -103,7 +106,7 @@ def run(
     format: FormatOption = Format.TABLE,
 ) -> None:
     """Measure batch specs or suites on the backends of this machine, and store every sample."""
-    from attnbench.cli.sweeping import Sweep, clock_hz, measure_options
+    from attnbench.cli.sweeping import Sweep, check_slowdown, clock_hz, measure_options
     from attnbench.measure.shard import take_shard
     from attnbench.selection import current_device
     from attnbench.settings import load_settings
@@ -126,6 +129,7 @@ def run(
         sweep = Sweep.resumed(ctx, folder, resume)
     else:
         plan = _plan(ctx, settings, device, spec or [], suite or [], backend or [])
+        check_slowdown(options, plan)
         plan = take_shard(plan, shard)
         if dry_run:
             emit([point.to_json() for point in plan], format)

@@ -33,7 +33,7 @@ _NIGHTS_TOGETHER = 16
 _SHORT_HISTORY = 2 * _NIGHTS_TOGETHER
 
 #: Values whose texts are held at once; bounds the memory.
-_BLOCK_VALUES = 3_000_000
+_BLOCK_VALUES = 6_000_000
 
 _THREADS = 2
 
@@ -237,7 +237,10 @@ def _run_texts(panel: Panel, series: NDArray[np.int64], run: int) -> pa.StringAr
 def _rounded(column: pa.ChunkedArray, name: str) -> pa.Array:
     """Nobody reads more of a spread than four digits after the point of a percentage."""
     array = column.combine_chunks()
-    return pc.round(array, ndigits=6) if name == "noise" else array
+    if name != "noise":
+        return array
+    # Many times as fast as Arrow's; what is missing is NaN, which becomes null as well.
+    return pa.array(np.round(array.to_numpy(zero_copy_only=False), 6))
 
 
 def value_data(value: RunValue, run: int) -> list[Any]:

@@ -25,6 +25,10 @@ FUTILITY_ROUNDS = 4
 #: One arrangement of both sides' times in so many may look like a slow-down by chance.
 LARGEST_P = 0.005
 
+#: The same for what the first look could not tell and did not pick. A night measures a few hundred
+#: points again: of all of them together, one in a hundred nights has one by chance.
+LARGEST_P_UNPICKED = LARGEST_P / 100
+
 #: A second look with a larger p ends the matter.
 _SURPRISING_P = 0.05
 

@@ -34,7 +34,7 @@ SPANS = (1, 3)
 PICKED_NOISE = 0.5
 
 #: Nothing above it is picked, however few series a night has.
-LARGEST_P = 0.02
+LARGEST_P = 0.05
 
 #: The same where the build before cannot be measured beside the new one: the second look then
 #: shares the night with the first, and whatever was odd about it.
@@ -70,6 +70,9 @@ class Screen:
         p: of a slow-down, over `SPANS` (Bonferroni); nan as `change`.
         p_faster: of the mirror image, of the newest run alone.
         level_runs: how many runs made the level.
+        level_half_width: as `half_width`, by how the level's own runs differ. After a step that
+            stays it is narrow as soon as most of the level is behind the step; the step is among
+            the past changes for long.
     """
 
     change: Floats
@@ -78,6 +81,7 @@ class Screen:
     p: Floats
     p_faster: Floats
     level_runs: NDArray[np.int64]
+    level_half_width: Floats
 
 
 def screen(log_s: Floats, spread: Floats, confidence: float = 0.99) -> Screen:
@@ -103,21 +107,23 @@ def screen(log_s: Floats, spread: Floats, confidence: float = 0.99) -> Screen:
     ]
     if not parts:
         none = np.empty(0)
-        return Screen(none, none, none, none, none, np.empty(0, np.int64))
+        return Screen(none, none, none, none, none, np.empty(0, np.int64), none)
     columns = zip(*parts, strict=True)
-    change, half_width, largest, p, p_faster, level_runs = map(np.concatenate, columns)
-    return Screen(change, half_width, largest, p, p_faster, level_runs.astype(np.int64))
+    change, half_width, largest, p, p_faster, level_runs, calm = map(np.concatenate, columns)
+    return Screen(change, half_width, largest, p, p_faster, level_runs.astype(np.int64), calm)
 
 
-def pick(found: Screen, floors: Floats, share: float = PICKED_NOISE) -> Bools:
+def pick(
+    found: Screen, floors: Floats, share: float = PICKED_NOISE, largest_p: float = LARGEST_P
+) -> Bools:
     """Which series to measure again: [num_series].
 
     Slower with a p that Benjamini and Hochberg's procedure accepts at `share` over the night (and
-    at most `LARGEST_P`), by more than half of the floor (`floors`, relative): a step at the floor
+    at most `largest_p`), by more than half of the floor (`floors`, relative): a step at the floor
     is seen half of the time as less.
     """
     beyond = np.nan_to_num(found.largest_change) > np.log1p(floors) / 2
-    return accepted(found.p, share) & (np.nan_to_num(found.p, nan=1.0) <= LARGEST_P) & beyond
+    return accepted(found.p, share) & (np.nan_to_num(found.p, nan=1.0) <= largest_p) & beyond
 
 
 def accepted(p: Floats, share: float) -> Bools:
@@ -157,7 +163,13 @@ def _screen_rows(
     first = changes[0]
     runs = np.where(np.isnan(first), 0, level_runs[:, -2]).astype(np.float64)
     p = np.where(np.isnan(first), np.nan, p)
-    return first, half_width, largest, p, p_faster, runs
+    deviation = _level_deviation(values[:, :-1], level[:, -2])
+    evidence = np.maximum(runs - 1, 0)
+    freedom = PRIOR_RUNS + evidence
+    scale = np.sqrt((PRIOR_RUNS * spread**2 + np.nan_to_num(evidence * deviation**2)) / freedom)
+    scale *= np.sqrt(1 + _median_variance(np.maximum(runs, 1)))
+    calm = stdtrit(np.minimum(freedom, _MAX_FREEDOM), 0.5 + confidence / 2) * scale
+    return first, half_width, largest, p, p_faster, runs, calm
 
 
 def newest_values(log_s: Floats, depth: int) -> Floats:

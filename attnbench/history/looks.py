@@ -45,12 +45,14 @@ class FirstLook:
             build before can be measured beside it.
         is_sure: and if it cannot.
         is_faster: the night's improvements, false ones controlled, have this one among them.
+        calm_high: where the interval would end if only the level's own runs made it.
     """
 
     estimate: Estimate
     is_picked: bool
     is_sure: bool
     is_faster: bool
+    calm_high: float
 
 
 def first_looks(
@@ -79,9 +81,11 @@ def looks_of(found: Screen, floors: Floats) -> list[FirstLook | None]:
     ratio, low, high = (
         np.exp(found.change + side * found.half_width).tolist() for side in (0.0, -1.0, 1.0)
     )
+    calm_high = np.exp(found.change + found.level_half_width).tolist()
     return [
         FirstLook(
             estimate=Estimate(ratio[row], low[row], high[row]),
+            calm_high=calm_high[row],
             is_picked=bool(picked[row]),
             is_sure=bool(sure[row]),
             is_faster=bool(faster[row]),
@@ -122,11 +126,22 @@ def is_beside(subject: RunValue) -> bool:
     return 0 < len(subject.confirmations) <= 2 * len(subject.references)
 
 
+def is_candidate(first: FirstLook | None, subject: RunValue, has_reference: bool) -> bool:
+    """Whether the first look alone would be an alarm, were it confirmed.
+
+    What is picked only because the build before is at hand is none where it was not.
+    """
+    if first is None:
+        return True
+    beside = is_beside(subject) if subject.confirmations else has_reference
+    return first.is_sure or (first.is_picked and beside)
+
+
 def alarm_limit(looks: Sequence[tuple[FirstLook | None, SecondLook | None]]) -> float:
     """The largest p of a second look that is an alarm, given all of the night's picks.
 
-    What was picked and not measured again counts as harmless. A series of too few runs for a first
-    look counts once it has a second one.
+    `looks` are those that `is_candidate` lets in. What was picked and not measured again counts as
+    harmless. A series of too few runs for a first look counts once it has a second one.
     """
     p = [
         second.p if second is not None else 1.0

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from attnbench.history.gate import LEVEL_RUNS, Floats, screen
-from attnbench.history.looks import FirstLook, alarm_limit, looks_of
+from attnbench.history.looks import FirstLook, alarm_limit, is_candidate, looks_of
 from attnbench.history.panel import NOT_PLANNED, Panel
 from attnbench.history.rule import Verdict, VerdictSettings
 from attnbench.history.series import DIRTY, GRAVITY, RunValue, Series
@@ -90,7 +91,9 @@ def judge_panel(
             status_before=GRAVITY[windows.before[row]],
         )
     others = np.array([row for row, verdict in enumerate(verdicts) if verdict is None], np.int64)
-    found = _judged(panel, chosen[others], others, windows, firsts, settings, require_confirmation)
+    found = _judged(
+        panel, chosen[others], at[others], others, windows, firsts, settings, require_confirmation
+    )
     for row, verdict in zip(others.tolist(), found, strict=True):
         verdicts[row] = verdict
     return [verdict for verdict in verdicts if verdict is not None]
@@ -126,6 +129,12 @@ def comparable(panel: Panel, indices: NDArray[np.int64], runs: NDArray[np.int64]
     is_dirty = panel.is_dirty[indices]
     judged_dirty = is_dirty[np.arange(len(indices)), runs][:, None]
     return np.asarray(before & planned & ~panel.is_published & (judged_dirty | ~is_dirty))
+
+
+def was_beside(panel: Panel, run: int) -> bool:
+    """Whether a run has times of the build before: it was at hand that night."""
+    references = panel.digest(run, ("references",))["references"]
+    return bool(pc.any(pc.greater(pc.list_value_length(references), 0)).as_py())
 
 
 def has_comparable_runs(panel: Panel, index: int, subject: RunValue, run: int) -> bool:
@@ -168,6 +177,7 @@ def _unchanged(
 def _judged(
     panel: Panel,
     indices: NDArray[np.int64],
+    runs: NDArray[np.int64],
     rows: NDArray[np.int64],
     windows: _Windows,
     firsts: Sequence[FirstLook | None],
@@ -183,14 +193,23 @@ def _judged(
             strict=True,
         )
     ]
+    beside = {run: settings.has_reference or was_beside(panel, run) for run in set(runs.tolist())}
     looks = []
-    for row, series in zip(rows.tolist(), shortened, strict=True):
+    for row, run, series in zip(rows.tolist(), runs.tolist(), shortened, strict=True):
         first, subject = firsts[row], series.values[-1]
-        looks.append((first, look_of_night(first, subject, timed_runs(series, subject), settings)))
+        if is_candidate(first, subject, beside[run]):
+            second = look_of_night(first, subject, timed_runs(series, subject), settings)
+            looks.append((first, second))
     limit = alarm_limit(looks)
     verdicts = [
-        judge_series(series, series.values[-1], settings, Night(first, limit), require_confirmation)
-        for series, (first, _) in zip(shortened, looks, strict=True)
+        judge_series(
+            series,
+            series.values[-1],
+            settings,
+            Night(firsts[row], limit, beside[run]),
+            require_confirmation,
+        )
+        for row, run, series in zip(rows.tolist(), runs.tolist(), shortened, strict=True)
     ]
     return [
         replace(verdict, series=panel.outline(index))

@@ -8,6 +8,7 @@ simulated: the night's own value and the deviations of the series' stored proces
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -98,8 +99,12 @@ def replay(
     nights: int,
     seed: int,
     trials: int = TRIALS,
+    shards: Sequence[str] | None = None,
 ) -> Replayed:
     """Replay the newest `nights` of each device class among the runs `usable` [num_runs].
+
+    `shards` [num_runs]: the part of the plan that a run measured, `2/4`. Each part has nights of
+    its own, as it is judged; the parts of one night count as one.
 
     Only nights with `FOLLOWED` - 1 runs after them, and series with enough runs before for a level
     that none of these nights picks as it is: they would be seen whatever the step.
@@ -107,16 +112,22 @@ def replay(
     against the level's runs. Deterministic for a `seed`.
     """
     counts: dict[str, list[StepCounts]] = {}
-    used = 0
-    for device_class in sorted({run.device_class for run in panel.runs}):
-        device = _device(panel, settings, usable, device_class)
+    used: Counter[tuple[str, str]] = Counter()
+    of_run = [
+        (run.device_class, shard)
+        for run, shard in zip(panel.runs, shards or [""] * panel.num_runs, strict=True)
+    ]
+    for device_class, shard in sorted(set(of_run)):
+        is_part = np.array([one == (device_class, shard) for one in of_run], bool)
+        device = _device(panel, settings, usable & is_part, device_class)
         last = len(device.runs) - FOLLOWED
         starts = range(max(MIN_LEVEL_RUNS, last + 1 - nights), last + 1)
         if len(starts):
             rng = np.random.default_rng([seed, len(counts), len(device.runs)])
-            used += len(starts)
+            parts = device_class, shard.partition("/")[2]
+            used[parts] = max(used[parts], len(starts))
             _replay_device(panel, device, starts, settings, trials, rng, counts)
-    return Replayed(nights=used, counts=counts)
+    return Replayed(nights=used.total(), counts=counts)
 
 
 def accepted_beside(p: Floats, rows: Ints, stepped: Floats, share: float) -> Bools:

@@ -113,7 +113,7 @@ class VerdictSettings:
         metrics: which metrics are judged; the others are shown.
         floors: timer -> relative floor, in place of the documented one.
         has_reference: the build before can be measured beside the new one, so that more may be
-            picked to be measured again.
+            picked to be measured again. Of a run that timed it, its rows say so themselves.
     """
 
     window: int = 10

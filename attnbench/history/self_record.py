@@ -22,7 +22,7 @@ from attnbench.history.rule import Reason, Verdict, VerdictSettings
 from attnbench.history.runs import environment_change
 from attnbench.history.series import DIRTY
 from attnbench.history.series_verdict import SeriesVerdict
-from attnbench.store import ResultsFolder
+from attnbench.store.header import RunHeader
 
 #: The newest so many A/A nights are judged again, and so many nights replayed; of many series
 #: fewer, so that a night of each is looked at about so often in all.
@@ -34,6 +34,10 @@ _STATUS = (Reason.STATUS_CHANGED, Reason.STATUS_UNSTABLE)
 
 #: Run id -> backend -> what the fake timer's times were multiplied with.
 Rehearsals = Mapping[str, Mapping[str, float]]
+
+
+#: Run id -> the part of the plan it measured, `2/4`.
+Shards = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +54,12 @@ def gate_record(
     rehearsals: Rehearsals | None = None,
     nights: int | None = None,
     seed: int = 0,
+    shards: Shards | None = None,
 ) -> dict[str, Any]:
     """The record as plain values, for JSON and pages. The same panel gives the same record.
 
-    `nights`: how many of each kind are looked at; None: `NIGHTS`, of many series fewer.
+    `nights`: how many of each kind are looked at; None: `NIGHTS`, of many series fewer. `shards`:
+    what `shards_of` gives; the shards of one night are one night.
 
     Rates are `{"count", "of", "rate", "low", "high"}`, the last two the 95 % interval of Clopper
     and Pearson (1934), as if series were independent; `rate` is None where `of` is 0.
@@ -62,7 +68,7 @@ def gate_record(
       independent); `by_timer`: list of `timer` and the rates `picked`, `confirmed`, `undecided`,
       `not_confirmed_yet` of timed series-nights, and the number `standing` left out of them: an
       earlier slow-down, which the A/A twin before already had; `support`: series-nights whose
-      status changed, a rate; `listed`: the A/A nights, newest first.
+      status changed, a rate; `listed`: the runs of the A/A nights, newest first.
     - `power`: `label` ("replayed"), `nights` used, `by_timer`: list of `timer`, `step`, `trials`,
       `picked` (first night) and `confirmed`, a rate for each of the nights after the step.
     - `rehearsed`: list of `timer`, `factor`, `runs` and the rates `confirmed`, `undecided`.
@@ -72,15 +78,17 @@ def gate_record(
     if nights is None:
         nights = max(2, min(NIGHTS, _SERIES_NIGHTS // max(1, panel.num_series)))
     return {
-        "false_alarms": _false_alarms(panel, settings, rehearsals, nights),
-        "power": _power(panel, settings, rehearsals, nights, seed),
+        "false_alarms": _false_alarms(panel, settings, rehearsals, shards or {}, nights),
+        "power": _power(panel, settings, rehearsals, shards or {}, nights, seed),
         "rehearsed": _rehearsed(panel, settings, rehearsals),
     }
 
 
-def rehearsals_of(folder: ResultsFolder, run_ids: Iterable[str]) -> dict[str, dict[str, float]]:
+def rehearsals_of(
+    headers: Mapping[str, RunHeader], run_ids: Iterable[str]
+) -> dict[str, dict[str, float]]:
     """The runs that were started with `--fake-slowdown`, from their headers."""
-    found, headers = {}, folder.headers()
+    found = {}
     for run_id in run_ids:
         slowed = headers[run_id].options.get("fake_slowdown") or ()
         if slowed:
@@ -88,19 +96,28 @@ def rehearsals_of(folder: ResultsFolder, run_ids: Iterable[str]) -> dict[str, di
     return found
 
 
-def equal_nights(panel: Panel, rehearsals: Rehearsals | None = None) -> list[EqualNight]:
+def shards_of(headers: Mapping[str, RunHeader], run_ids: Iterable[str]) -> dict[str, str]:
+    """The runs that measured a part of their plan, and which: `2/4`. From their headers."""
+    found = {run_id: str(headers[run_id].options.get("shard") or "") for run_id in run_ids}
+    return {run_id: shard for run_id, shard in found.items() if shard}
+
+
+def equal_nights(
+    panel: Panel, rehearsals: Rehearsals | None = None, shards: Shards | None = None
+) -> list[EqualNight]:
     """Own runs of the same clean commit, packages, driver and container as the run before them.
 
-    The run before is of the same device and suites. A rehearsal is on neither side.
+    The run before is of the same device, suites and shard. A rehearsal is on neither side.
     """
-    rehearsed = rehearsals or {}
-    newest: dict[tuple[str, tuple[str, ...]], int] = {}
+    rehearsed, parts = rehearsals or {}, shards or {}
+    newest: dict[tuple[str, tuple[str, ...], str], int] = {}
     found = []
     for number, run in enumerate(panel.runs):
         if panel.is_published[number]:
             continue
-        before = newest.get((run.device_class, run.suites))
-        newest[run.device_class, run.suites] = number
+        key = run.device_class, run.suites, parts.get(run.run_id, "")
+        before = newest.get(key)
+        newest[key] = number
         if before is None or not run.commit or run.commit.endswith(DIRTY) or not run.stack_id:
             continue
         other = panel.runs[before]
@@ -134,16 +151,25 @@ def rate(count: int, of: int) -> dict[str, Any]:
 
 
 def _false_alarms(
-    panel: Panel, settings: VerdictSettings, rehearsals: Rehearsals, nights: int
+    panel: Panel,
+    settings: VerdictSettings,
+    rehearsals: Rehearsals,
+    shards: Shards,
+    nights: int,
 ) -> dict[str, Any]:
-    every = equal_nights(panel, rehearsals)
+    every = _whole_nights(panel, equal_nights(panel, rehearsals, shards), shards)
+    chosen = every[-nights:]
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    support = planned = alarming = 0
+    support = planned = 0
+    alarming = set()
     listed = []
-    for night in reversed(every[-nights:]):
+    for number, night in reversed([(i, part) for i, whole in enumerate(chosen) for part in whole]):
         found = _verdicts_of(panel, night.run, settings)
         alarms = 0
         for verdict in found:
+            index = panel.index_of(verdict.series.key)
+            if panel.status[index, night.before] == NOT_PLANNED:
+                continue  # no twin: what it is held against may be of another build
             planned += 1
             if verdict.reasons[0] in _STATUS:
                 support += 1
@@ -161,7 +187,7 @@ def _false_alarms(
             of_timer["confirmed"] += is_alarm
             of_timer["undecided"] += verdict.verdict is Verdict.UNDECIDED
             alarms += is_alarm
-        alarming += alarms > 0
+        alarming |= {number} if alarms else set()
         run, before = panel.runs[night.run], panel.runs[night.before]
         listed.append(
             {
@@ -174,9 +200,9 @@ def _false_alarms(
             }
         )
     return {
-        "nights": len(listed),
-        "left_out": len(every) - len(listed),
-        "alarming": rate(alarming, len(listed)),
+        "nights": len(chosen),
+        "left_out": len(every) - len(chosen),
+        "alarming": rate(len(alarming), len(chosen)),
         "by_timer": [
             {
                 "timer": timer,
@@ -193,6 +219,26 @@ def _false_alarms(
     }
 
 
+def _whole_nights(
+    panel: Panel, parts: Sequence[EqualNight], shards: Shards
+) -> list[list[EqualNight]]:
+    """Shards of one night together: of one commit and number of parts, none of them twice."""
+    nights: list[list[EqualNight]] = []
+    newest: dict[tuple[object, ...], list[EqualNight]] = {}
+    for part in parts:
+        run = panel.runs[part.run]
+        shard = shards.get(run.run_id, "")
+        count = shard.partition("/")[2]
+        key = run.device_class, run.suites, run.commit, run.stack_key, count
+        whole = newest.get(key)
+        others = {shards.get(panel.runs[other.run].run_id, "") for other in whole or ()}
+        if whole is None or shard in others:
+            newest[key] = whole = []
+            nights.append(whole)
+        whole.append(part)
+    return nights
+
+
 def _is_standing(panel: Panel, verdict: SeriesVerdict, night: EqualNight) -> bool:
     """Whether the A/A twin is nearer to this run than to the level: it was slow before."""
     index = panel.index_of(verdict.series.key)
@@ -207,7 +253,12 @@ def _is_standing(panel: Panel, verdict: SeriesVerdict, night: EqualNight) -> boo
 
 
 def _power(
-    panel: Panel, settings: VerdictSettings, rehearsals: Rehearsals, nights: int, seed: int
+    panel: Panel,
+    settings: VerdictSettings,
+    rehearsals: Rehearsals,
+    shards: Shards,
+    nights: int,
+    seed: int,
 ) -> dict[str, Any]:
     usable = np.array(
         [
@@ -216,7 +267,8 @@ def _power(
         ],
         bool,
     )
-    found = replay(panel, settings, usable, nights, seed)
+    parts = [shards.get(run.run_id, "") for run in panel.runs]
+    found = replay(panel, settings, usable, nights, seed, shards=parts)
     return {
         "label": "replayed",
         "beside": settings.has_reference,

@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from attnbench.history.confirm import SecondLook
+from attnbench.history.confirm import LARGEST_P_UNPICKED, SecondLook
 from attnbench.history.gate import LEVEL_RUNS
 from attnbench.history.looks import (
     FirstLook,
     alarm_limit,
     first_looks,
     is_beside,
+    is_candidate,
     look_again,
 )
 from attnbench.history.rule import (
@@ -65,11 +66,13 @@ class Night:
     """What one series' verdict needs of the night it belongs to.
 
     `first` is the first look, which picks over all series together; `alarm_limit` the largest p of
-    a second look that is an alarm, which depends on how much was picked.
+    a second look that is an alarm, which depends on how much was picked. `has_reference`: the build
+    before can be, or was, measured beside the new one that night.
     """
 
     first: FirstLook | None
     alarm_limit: float
+    has_reference: bool
 
 
 def judge_night(
@@ -77,7 +80,11 @@ def judge_night(
     settings: VerdictSettings,
     require_confirmation: bool = True,
 ) -> list[SeriesVerdict]:
-    """Judge one value of each series against the runs before it, all of a night together."""
+    """Judge one value of each series against the runs before it, all of a night together.
+
+    A night that timed the build before in any of the series had it at hand for all of them.
+    """
+    beside = {v.run_id for series, _ in pairs for v in series.values if v.references}
     timed = [timed_runs(series, subject) for series, subject in pairs]
     timers = [series.key.timer for series, _ in pairs]
     firsts = first_looks(
@@ -88,10 +95,17 @@ def judge_night(
     looks = [
         (first, look_of_night(first, subject, runs, settings))
         for (_, subject), runs, first in zip(pairs, timed, firsts, strict=True)
+        if is_candidate(first, subject, settings.has_reference or subject.run_id in beside)
     ]
     limit = alarm_limit(looks)
     return [
-        judge_series(series, subject, settings, Night(first, limit), require_confirmation)
+        judge_series(
+            series,
+            subject,
+            settings,
+            Night(first, limit, settings.has_reference or subject.run_id in beside),
+            require_confirmation,
+        )
         for (series, subject), first in zip(pairs, firsts, strict=True)
     ]
 
@@ -223,7 +237,7 @@ def _judge_time(
             reasons = (Reason.NOT_CONFIRMED_YET, reason)
             return replace(result, verdict=Verdict.UNDECIDED, reasons=reasons, is_flagged=True)
         return replace(result, is_flagged=True)
-    if settings.has_reference and not is_beside(subject):
+    if night.has_reference and not is_beside(subject):
         result = replace(result, note=_NOT_BESIDE)
     if night.first is None and not is_beside(subject):
         groups = [v.replicates for v in baseline]
@@ -231,16 +245,16 @@ def _judge_time(
         return _confirmed(result, again, decide(again, noise)[0], noise, baseline)
     second = look_again(subject, baseline, settings)
     assert second is not None
-    if second.is_slower(noise, night.alarm_limit):
-        return _confirmed(result, second.estimate, Verdict.REGRESSION, noise, baseline)
     is_open = second.is_open(noise)
-    return _confirmed(
-        result,
-        second.estimate,
-        Verdict.UNDECIDED if is_open else Verdict.UNCHANGED,
-        noise,
-        baseline,
-    )
+    then = Verdict.UNDECIDED if is_open else Verdict.UNCHANGED
+    if verdict is not Verdict.REGRESSION and is_beside(subject):
+        # Not picked, for the series' own past is too restless to tell, or has a step in it; but
+        # the build before had the same night.
+        if second.is_slower(noise, LARGEST_P_UNPICKED):
+            result, then = replace(result, verdict=Verdict.REGRESSION), Verdict.REGRESSION
+    elif second.is_slower(noise, night.alarm_limit):
+        then = Verdict.REGRESSION
+    return _confirmed(result, second.estimate, then, noise, baseline)
 
 
 def _first_verdict(
@@ -256,7 +270,7 @@ def _first_verdict(
         found = estimate(groups, subject.replicates, noise, settings.confidence)
         return found, *decide(found, noise)
     # What was measured again says itself how: so that a night judged later is judged alike.
-    beside = is_beside(subject) if subject.confirmations else settings.has_reference
+    beside = is_beside(subject) if subject.confirmations else night.has_reference
     return night.first.estimate, *first_verdict(night.first, noise, beside)
 
 
@@ -268,6 +282,11 @@ def first_verdict(first: FirstLook, noise: TimerNoise, beside: bool) -> tuple[Ve
     # One series alone would be called changed; among so many series of a night it is chance.
     if verdict is Verdict.REGRESSION or (verdict is Verdict.IMPROVEMENT and not first.is_faster):
         return Verdict.UNCHANGED, Reason.WITHIN_NOISE
+    # A step that everybody knows of is among the past changes for weeks: the level is calm again.
+    if reason is Reason.INTERVAL_TOO_WIDE and 1 / noise.limit <= first.estimate.ratio:
+        is_calm = first.calm_high <= noise.blind_spot(first.estimate.ratio)
+        if is_calm and first.estimate.ratio <= noise.limit:
+            return Verdict.UNCHANGED, Reason.WITHIN_FLOOR
     return verdict, reason
 
 

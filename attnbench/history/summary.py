@@ -1,11 +1,14 @@
-"""The ten lines a tired person understands: what is wrong, how bad, since when, what to type."""
+"""The ten lines a tired person understands: what is wrong, how bad, since when, what to type.
+
+Ten at most, whatever a night was: of the least important things less is said first, and of what
+does not fit how much there is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from attnbench.history.acknowledge import AlarmKind
 from attnbench.history.alarm_lines import alarm_lines
@@ -14,6 +17,7 @@ from attnbench.history.groups import AlarmGroup, group_alarms
 from attnbench.history.rule import Reason, Verdict
 from attnbench.history.runs import RunSummary
 from attnbench.history.series_verdict import SeriesVerdict
+from attnbench.history.summary_fit import LISTED, Section, SummaryLine, fitted
 from attnbench.history.verdict import Judgement
 from attnbench.history.wording import (
     duration_text,
@@ -27,21 +31,10 @@ from attnbench.history.wording import (
     status_reasons,
 )
 
-_T = TypeVar("_T")
-
-#: How many entries of one kind are listed before "and N more".
-_LISTED = 3
+#: So many lines has a summary at most, its headline among them: a phone shows no more.
+_MOST_LINES = 10
 
 _LABEL_WIDTH = 10
-
-
-@dataclass(frozen=True, slots=True)
-class SummaryLine:
-    """One line: `label` may be empty (it continues the line above), `style` is a rich style."""
-
-    label: str
-    text: str
-    style: str = ""
 
 
 def summary_lines(
@@ -56,39 +49,63 @@ def summary_lines(
     """The summary without its headline. `pages` is where the dashboard lies, `reference` what the
     build before was that took turns, or why there was none; `causes` is what changed with the
     regressions, by series id (`causes_of`)."""
-    lines = [
+    ends = [SummaryLine("reference", reference)] if reference else []
+    ends += [SummaryLine("pages", pages)] if pages else []
+    return [
         SummaryLine("verdict", _verdict_text(judgement), _STYLES[judgement.verdict]),
         SummaryLine("measured", _measured_text(judgement.run, duration_s)),
+        *fitted(_sections(judgement, causes or {}), _MOST_LINES - 3 - len(ends)),
+        *ends,
     ]
+
+
+def _sections(judgement: Judgement, causes: Mapping[str, Attribution]) -> list[Section]:
+    """What there is to say, the most important first."""
     groups = group_alarms(_open(judgement, judgement.verdicts))
     slower = [group for group in groups if not group.is_support_change]
-    lines += _listed("slower", slower, lambda group: _slower_lines(group, causes or {}), "red")
     lost = [group for group in groups if group.is_support_change]
-    lines += _listed("changed", lost, lambda group: _lost_lines(group, causes or {}), "yellow")
-    recovered = judgement.because(Reason.STATUS_RECOVERED)
-    lines += _listed("works" if lost else "changed", recovered, _changed_lines, "yellow")
-    undecided = _open(judgement, judgement.of(Verdict.UNDECIDED))
-    lines += _listed("undecided", undecided, _undecided_lines, "yellow")
-    if waiting := len(judgement.flagged_points()):
-        text = f"{waiting} points may be slower and were not measured again"
-        lines.append(SummaryLine("waiting", text, "yellow"))
-    lines += _listed("invalid", judgement.of(Verdict.INVALID), _invalid_lines, "yellow")
-    faster = judgement.because(Reason.FASTER_THAN_FLOOR)
-    lines += _listed("faster", faster, lambda v: [_ratio_text(v)], "green")
-    lines += _incomplete_lines(judgement)
-    if judgement.alarms is not None:
-        lines += [SummaryLine(*line) for line in alarm_lines(judgement.alarms, _LISTED)]
-    if judgement.environment:
-        since = judgement.environment.before
-        lines.append(SummaryLine("stack", f"{judgement.environment.text}   (since run {since})"))
-    if new := len(judgement.because(Reason.NO_BASELINE)):
-        text = f"{new} of {len(judgement.verdicts)} points have no baseline yet"
-        lines.append(SummaryLine("new", f"{text}: this run is their first"))
-    if reference:
-        lines.append(SummaryLine("reference", reference))
-    if pages:
-        lines.append(SummaryLine("pages", pages))
-    return lines
+    missing = len(_missing(judgement))
+    waiting = len(judgement.flagged_points())
+    new = len(judgement.because(Reason.NO_BASELINE))
+    told = _alarm_sections(judgement)
+    sections = [
+        Section("slower", [_slower_lines(group, causes) for group in slower], "red"),
+        Section("changed", [_lost_lines(group, causes) for group in lost], "yellow"),
+        Section("failed", [[_failed_text(v)] for v in _open(judgement, judgement.failures)]),
+        Section(
+            "missing",
+            [[f"{missing} planned points have no row; go on: attnbench nightly --resume last"]]
+            * (missing > 0),
+        ),
+        *(told[label] for label in ("refused", "stale") if label in told),
+        Section("stack", _stack_lines(judgement), "", ""),
+        Section(
+            "undecided",
+            [_undecided_lines(v) for v in _open(judgement, judgement.of(Verdict.UNDECIDED))],
+        ),
+        Section(
+            "waiting",
+            [[f"{waiting} points may be slower and were not measured again"]] * (waiting > 0),
+        ),
+        Section("invalid", [_invalid_lines(v) for v in judgement.of(Verdict.INVALID)]),
+        Section(
+            "works" if lost else "changed",
+            [_changed_lines(v) for v in judgement.because(Reason.STATUS_RECOVERED)],
+        ),
+        Section(
+            "faster",
+            [[_ratio_text(v)] for v in judgement.because(Reason.FASTER_THAN_FLOOR)],
+            "green",
+        ),
+        Section("dropped", _dropped_lines(judgement), ""),
+        *(told[label] for label in ("known", "warning") if label in told),
+        Section(
+            "new",
+            [[_new_text(new, len(judgement.verdicts))]] * (new > 0),
+            "",
+        ),
+    ]
+    return [section for section in sections if section.entries]
 
 
 def headline(judgement: Judgement, commits_since: int | None = None) -> str:
@@ -211,19 +228,6 @@ def _measured_text(run: RunSummary, duration_s: float | None) -> str:
     return f"{run.num_points} points: {listed}  {took}"
 
 
-def _listed(
-    label: str, found: Sequence[_T], lines_of: Callable[[_T], list[str]], style: str
-) -> list[SummaryLine]:
-    lines: list[SummaryLine] = []
-    for one in found[:_LISTED]:
-        first, *rest = lines_of(one)
-        lines.append(SummaryLine(label if not lines else "", first, style))
-        lines += [SummaryLine("", text) for text in rest]
-    if (more := len(found) - _LISTED) > 0:
-        lines.append(SummaryLine("", f"and {more} more: attnbench history"))
-    return lines
-
-
 def _ratio_text(verdict: SeriesVerdict) -> str:
     assert verdict.estimate is not None
     since = f"   since {level_text(verdict.since)}" if verdict.since else ""
@@ -311,6 +315,9 @@ _UNDECIDED_ADVICE = {
 
 def undecided_advice(verdict: SeriesVerdict) -> str:
     """Why a verdict is undecided and what to do about it."""
+    found = verdict.estimate
+    if verdict.reasons[0] is Reason.NOT_CONFIRMED and found is not None and found.low > 1:
+        return "slower in fresh processes too, as earlier nights were at times; see its page"
     if verdict.reasons[0] is Reason.STATUS_UNSTABLE:
         statuses = ", ".join(dict.fromkeys(verdict.subject.statuses))
         return f"{statuses} in one run; {verdict.note}"
@@ -326,28 +333,47 @@ def _invalid_lines(verdict: SeriesVerdict) -> list[str]:
     return [f"{point_text(verdict)}: {verdict.note}"]
 
 
-def _incomplete_lines(judgement: Judgement) -> list[SummaryLine]:
-    lines: list[SummaryLine] = []
-    failed = _open(judgement, judgement.failures)
-    for verdict in failed[:_LISTED]:
-        reasons = status_reasons(verdict.subject)
-        why = f": {_shorten(reasons[0])}" if reasons else ""
-        label = "failed" if not lines else ""
-        text = f"{point_text(verdict)} {verdict.subject.status}{why}"
-        lines.append(SummaryLine(label, text, "yellow"))
-    if (more := len(failed) - _LISTED) > 0:
-        lines.append(SummaryLine("", f"and {more} more: attnbench history"))
+def _failed_text(verdict: SeriesVerdict) -> str:
+    reasons = status_reasons(verdict.subject)
+    why = f": {_shorten(reasons[0])}" if reasons else ""
+    return f"{point_text(verdict)} {verdict.subject.status}{why}"
+
+
+def _missing(judgement: Judgement) -> Sequence[object]:
     alarms = judgement.alarms
-    if count := len(alarms.of(AlarmKind.MISSING) if alarms else judgement.missing):
-        text = f"{count} planned points have no row; go on: attnbench nightly --resume last"
-        lines.append(SummaryLine("missing", text, "yellow"))
-    if judgement.dropped:
-        listed = "; ".join(judgement.dropped[:_LISTED])
-        more = len(judgement.dropped) - _LISTED
-        tail = f"; and {more} more" if more > 0 else ""
-        text = f"{len(judgement.dropped)} points of the last run were not planned: {listed}{tail}"
-        lines.append(SummaryLine("dropped", text))
-    return lines
+    return alarms.of(AlarmKind.MISSING) if alarms else judgement.missing
+
+
+def _dropped_lines(judgement: Judgement) -> list[list[str]]:
+    if not judgement.dropped:
+        return []
+    listed = "; ".join(judgement.dropped[:LISTED])
+    more = len(judgement.dropped) - LISTED
+    tail = f"; and {more} more" if more > 0 else ""
+    return [[f"{len(judgement.dropped)} points of the last run were not planned: {listed}{tail}"]]
+
+
+def _stack_lines(judgement: Judgement) -> list[list[str]]:
+    change = judgement.environment
+    return [[f"{change.text}   (since run {change.before})"]] if change else []
+
+
+def _new_text(new: int, of: int) -> str:
+    return f"{new} of {of} points have no baseline yet: this run is their first"
+
+
+def _alarm_sections(judgement: Judgement) -> dict[str, Section]:
+    """What people accepted, do not any more, or should look at: by label."""
+    if judgement.alarms is None:
+        return {}
+    entries: dict[str, list[list[str]]] = {}
+    styles: dict[str, str] = {}
+    label = ""
+    for name, text, style in alarm_lines(judgement.alarms, sys.maxsize):
+        label = name or label
+        styles.setdefault(label, style)
+        entries.setdefault(label, []).append([text])
+    return {name: Section(name, found, styles[name], "") for name, found in entries.items()}
 
 
 def _open(judgement: Judgement, verdicts: Sequence[SeriesVerdict]) -> list[SeriesVerdict]:

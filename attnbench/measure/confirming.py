@@ -77,6 +77,7 @@ def confirm(
     """
     started = time.perf_counter()
     going, gone = list(points), frozenset[str]()
+    has_measured = False
     with ExitStack() as stack:
         truths = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="attnbench-")))
         other = _OtherSide(reference, subject, tell, stack)
@@ -85,6 +86,9 @@ def confirm(
                 break
             with subject.folder.open_run(subject.header, resume=True) as run:
                 for number in rounds:
+                    if not (_left(subject, going, number, run) or other.left(going, number, run)):
+                        continue
+                    has_measured = True
                     tell(f"round {number + 1} of {ROUNDS}: {len(going)} points")
                     if number % 2:
                         other.measure(going, number, run)
@@ -95,9 +99,18 @@ def confirm(
                 panel = Panel.of(subject.folder)
                 gone = given_up(panel, run.run_id, {p.point_id for p in going}, settings)
                 going = [point for point in going if point.point_id not in gone]
-                if gone:
+                if gone and has_measured:
                     tell(f"{len(gone)} points show nothing any more: not measured further")
+    if points and not has_measured:
+        tell(f"{len(points)} points were measured again already")
     return Confirmed(time.perf_counter() - started, gone, other.trouble)
+
+
+def _left(subject: Subject, points: Sequence[PlannedPoint], number: int, run: Run) -> bool:
+    """Whether this build has not measured all of `points` in a round."""
+    stored = stored_points(run, subject.options)
+    replicate = str(FIRST_CONFIRMATION + number)
+    return any((point.point_id, replicate) not in stored for point in points)
 
 
 def _measure(
@@ -135,20 +148,24 @@ class _OtherSide:
         self._failures = 0
         self._unable: set[str] = set()  # points that it cannot time: each would cost a timeout
 
-    def measure(self, points: Sequence[PlannedPoint], number: int, run: Run) -> None:
-        """Its turn of a round. What fails is told, and is nobody's error."""
+    def left(self, points: Sequence[PlannedPoint], number: int, run: Run) -> list[PlannedPoint]:
+        """Those of `points` that it has not measured in a round, and can be asked for."""
         if not self._python or self._failures >= _MAX_FAILURES:
-            return
-        replicate = FIRST_REFERENCE + number
-        options = self._subject.options
-        stored = stored_points(run, options)
-        todo = [
+            return []
+        stored = stored_points(run, self._subject.options)
+        replicate = str(FIRST_REFERENCE + number)
+        return [
             point
             for point in points
-            if (point.point_id, str(replicate)) not in stored and point.point_id not in self._unable
+            if (point.point_id, replicate) not in stored and point.point_id not in self._unable
         ]
+
+    def measure(self, points: Sequence[PlannedPoint], number: int, run: Run) -> None:
+        """Its turn of a round. What fails is told, and is nobody's error."""
+        todo = self.left(points, number, run)
         if not todo:
             return
+        replicate, options = FIRST_REFERENCE + number, self._subject.options
         try:
             if self._process is None:
                 self._process = self._stack.enter_context(open_reference(self._python))

@@ -97,6 +97,6 @@ def parse_slowdown(text: str) -> tuple[str, float]:
         value = float(factor)
     except ValueError:
         value = 0.0
-    if not equals or value <= 0:
+    if not (name and equals and 0 < value < math.inf):
         raise UsageError(f"--fake-slowdown {text!r}: write BACKEND=FACTOR, e.g. CPU_ATTN=1.2")
     return name, value

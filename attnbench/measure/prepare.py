@@ -148,6 +148,7 @@ class _Prepared:
         self.common_prefix_len = self._cascade_prefix_len()
         self.metadata: Any = None
         self.build_metadata()
+        self._make_ready()
 
     def _cascade_prefix_len(self) -> int:
         prefix = 0 if self.for_graph else self.workload.common_prefix_len
@@ -210,16 +211,6 @@ class _Prepared:
 
 
 class _PreparedAttention(_Prepared):
-    def __init__(
-        self,
-        planned: PlannedPoint,
-        batch: AttentionBatch,
-        backend: type[AttentionBackend],
-        for_graph: bool,
-    ) -> None:
-        super().__init__(planned, batch, backend, for_graph)
-        self._make_ready()
-
     def _make_ready(self) -> None:
         shape, query = self.workload.shape, self.batch.query
         self.out = torch.empty(
@@ -278,16 +269,6 @@ class _PreparedMLA(_Prepared):
     The query's projection by `W_UK` and the output's by `W_UV` belong to the layer, not to the
     kernel: they are done here, outside `attend`.
     """
-
-    def __init__(
-        self,
-        planned: PlannedPoint,
-        batch: AttentionBatch,
-        backend: type[AttentionBackend],
-        for_graph: bool,
-    ) -> None:
-        super().__init__(planned, batch, backend, for_graph)
-        self._make_ready()
 
     def _make_ready(self) -> None:
         shape, batch = self.workload.shape, self.batch

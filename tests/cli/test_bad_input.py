@@ -37,6 +37,22 @@ SMALL = ("q16", "heads=4/2", "head_size=32", "--dtype", "fp32", "--timer", "fake
         (["nightly", "--timer", "graph"], ["--timer graph", "--timer wall"]),
         (["run", "8q1s4k", "--l2", "cold"], ["--l2 cold", "leave --l2 out"]),
         (["run", "8q1s4k", "--fake-slowdown", "CPU_ATTN=2"], ["--fake-slowdown", "--timer fake"]),
+        (
+            ["run", *SMALL, "--fake-slowdown", "CPU_ATN=2"],
+            ["--fake-slowdown CPU_ATN=2", "choose one of: CPU_ATTN"],
+        ),
+        (
+            ["run", *SMALL, "--backend", "CPU_ATTN", "--fake-slowdown", "TORCH_SDPA=2"],
+            ["--fake-slowdown TORCH_SDPA=2", "choose one of: CPU_ATTN"],
+        ),
+        (
+            ["run", *SMALL, "--fake-slowdown", "CPU_ATTN=2", "--fake-slowdown", "CPU_ATTN=3"],
+            ["--fake-slowdown CPU_ATTN", "given twice"],
+        ),
+        (
+            ["nightly", "--timer", "fake", "--fake-slowdown", "NOPE=2"],
+            ["--fake-slowdown NOPE=2", "choose one of: CPU_ATTN"],
+        ),
         (["run", "8q1s4k", "--lock-clocks", "0"], ["--lock-clocks 0", "1500"]),
         (["run", "8q1s4k", "--rated-clock", "-5"], ["--rated-clock -5", "1500"]),
         (["run", *SMALL, "--results", ""], ["--results ''", "leave it out"]),

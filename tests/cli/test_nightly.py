@@ -159,3 +159,33 @@ def test_a_shard_says_that_it_is_not_the_whole_night(attnbench: Attnbench, proje
     assert said.capitalize() in (site / "index.html").read_text(encoding="utf-8")
     assert attnbench("dashboard").returncode == 0  # made again from what is stored
     assert said.capitalize() in (site / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_gates_record_of_sharded_nights_and_a_finished_night_gone_on_with(
+    attnbench: Attnbench,
+) -> None:
+    clean = {"ASV_COMMIT": "a" * 40}  # nights of one clean commit: nothing changed
+    for _ in range(2):
+        for shard in ("1/2", "2/2"):
+            assert attnbench(*NIGHT, "--shard", shard, **clean).returncode == 0
+    found = json.loads(attnbench("gate", "--format", "json").stdout)
+    (nights,) = [row for row in found if row["what"] == "nights with a false alarm"]
+    assert (nights["count"], nights["of"]) == (0, 1)
+    (picked,) = [row for row in found if row["what"] == "false: picked"]
+    assert (picked["timer"], picked["count"], picked["of"]) == ("fake", 0, 4)
+
+    slow = ("--shard", "1/2", "--fake-slowdown", "CPU_ATTN=1.5", "--fake-slowdown", "TORCH_SDPA=2")
+    night = attnbench(*NIGHT, *slow, **clean)
+    assert night.returncode == 1, night.stdout + night.stderr
+    again = attnbench("nightly", "--resume", "last", **clean)
+    assert again.returncode == 1, again.stderr
+    assert again.stdout.splitlines()[1] == night.stdout.splitlines()[1]
+    assert "round" not in again.stderr
+    assert "were measured again already" in again.stderr
+    found = json.loads(attnbench("gate", "--format", "json").stdout)
+    rehearsed = [row for row in found if row["what"] == "rehearsed: confirmed"]
+    assert rehearsed
+    assert all(row["count"] == row["of"] > 0 for row in rehearsed)
+    # A rehearsal is no night without a change.
+    assert [row["of"] for row in found if row["what"] == "nights with a false alarm"] == [1]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from attnbench.cli.choose import choose
+from attnbench.cli.itl import itl
+from attnbench.cli.traffic import traffic
+from attnbench.traffic.reduced import TraceOptions
 from attnbench.workload import load_suites
 from tests.cli.conftest import Attnbench
 
@@ -134,3 +141,12 @@ def test_the_layers_of_a_config_are_in_the_error_that_is_told(
     assert done.returncode == 0, done.stderr
     told = done.stderr.split("total ")[1].split(" %")[0]
     assert abs(float(told)) < 3
+
+
+@pytest.mark.parametrize("verb", [traffic, itl, choose])
+def test_every_verb_takes_all_options_of_a_trace_by_the_same_defaults(
+    verb: Callable[..., None],
+) -> None:
+    parameters = inspect.signature(verb).parameters
+    wanted = {field.name: field.default for field in fields(TraceOptions)}
+    assert {name: parameters[name].default for name in wanted} == wanted

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from attnbench.history.confirm import LARGEST_P, SecondLook
 from attnbench.history.gate import Floats, Screen
-from attnbench.history.looks import FirstLook, alarm_limit, looks_of, other_side
+from attnbench.history.looks import FirstLook, alarm_limit, is_candidate, looks_of, other_side
 from attnbench.history.rule import Estimate
 from attnbench.history.series import RunValue
 from attnbench.store.record import Status
@@ -25,6 +27,7 @@ def night(p: list[float], p_faster: list[float] | None = None, change: float = 0
         p=np.array(p),
         p_faster=np.array(p_faster or [1.0] * shape),
         level_runs=np.full(shape, 10),
+        level_half_width=np.full(shape, 0.01),
     )
 
 
@@ -35,13 +38,15 @@ def floors(count: int) -> Floats:
 def looked_at(
     *p: float | None, is_picked: bool = True
 ) -> list[tuple[FirstLook, SecondLook | None]]:
-    first = FirstLook(SLOWER, is_picked=is_picked, is_sure=is_picked, is_faster=False)
+    first = FirstLook(
+        SLOWER, is_picked=is_picked, is_sure=is_picked, is_faster=False, calm_high=1.0
+    )
     return [(first, None if one is None else SecondLook(SLOWER, one, True)) for one in p]
 
 
 @pytest.mark.parametrize(
     ("p", "is_picked", "is_sure"),
-    [(0.021, False, False), (0.019, True, False), (0.0051, True, False), (0.0049, True, True)],
+    [(0.051, False, False), (0.049, True, False), (0.0051, True, False), (0.0049, True, True)],
 )
 def test_a_night_of_one_series_has_its_own_limits(p: float, is_picked: bool, is_sure: bool) -> None:
     (found,) = looks_of(night([p]), floors(1))
@@ -105,3 +110,18 @@ def test_a_slow_down_of_last_night_is_not_what_tonights_is_held_against(
     level = [value(1.0 + n, count) for n, count in enumerate(again)]
     assert other_side(value(7.0, 10), level) == tuple(1.0 + n for n in other)
     assert other_side(value(7.0, 10, before=5), level) == (9.0,) * 5
+
+
+def test_what_only_the_build_before_would_pick_is_no_candidate_without_it() -> None:
+    value = RunValue(run_id="r", started_at=START, status=Status.OK, replicates=(1.0,))
+    again = replace(value, confirmations=(1.0,) * 4, references=(1.0,))
+    beside = replace(again, references=(1.0,) * 4)
+    picked = FirstLook(SLOWER, is_picked=True, is_sure=False, is_faster=False, calm_high=1.0)
+    sure = replace(picked, is_sure=True)
+    assert is_candidate(sure, value, False)
+    assert not is_candidate(picked, value, False)
+    assert is_candidate(picked, value, True)
+    # Of what was measured again, the rounds say whether it was at hand.
+    assert not is_candidate(picked, again, True)
+    assert is_candidate(picked, beside, False)
+    assert is_candidate(None, value, False)

@@ -15,6 +15,7 @@ from attnbench.history.rule import Reason, Verdict, VerdictSettings
 from attnbench.history.runs import runs_of
 from attnbench.history.series_rows import series_of
 from attnbench.history.series_verdict import SeriesVerdict
+from attnbench.history.summary import undecided_advice
 from attnbench.history.verdict import Judgement, judge
 from attnbench.store import ResultsFolder, RunHeader
 from attnbench.store.record import Measurement, point_id
@@ -180,15 +181,17 @@ def test_a_folder_shows_rows_of_the_build_before_to_who_asks_for_them(tmp_path: 
     assert value.references == pytest.approx(FAST)
 
 
-def followed(before: int, nights: int, builds: int, replicates: int = 2) -> list[Measurement]:
-    """A step of 10 % after `before` nights; each night after it is measured again to the end.
+def followed(
+    before: int, nights: int, builds: int, replicates: int = 2, size: float = 1.1
+) -> list[Measurement]:
+    """A step (of 10 %) after `before` nights; each night after it is measured again to the end.
 
     `builds`: 2 where the build before takes turns. Nights differ by 0.3 %, processes by 0.1 %.
     """
     random = np.random.default_rng(7)
     rows = []
     for run in range(before + nights):
-        step = 1.1 if run >= before else 1.0
+        step = size if run >= before else 1.0
         night = 1e-3 * float(np.exp(random.normal(0, 0.003)))
         for number in range(replicates):
             seconds = night * step * float(np.exp(random.normal(0, 0.001)))
@@ -220,7 +223,7 @@ def test_a_regression_nobody_mended_stays_one_and_begins_where_it_began(
     ("factor", "verdict"),
     [
         (1.005, Verdict.UNCHANGED),
-        (1.022, Verdict.UNDECIDED),  # picked with a p between 0.5 and 2 %
+        (1.022, Verdict.UNDECIDED),  # picked with a p between 0.5 and 5 %
         (1.026, Verdict.UNDECIDED),
         (1.3, Verdict.REGRESSION),
     ],
@@ -241,3 +244,81 @@ def test_a_night_judged_later_is_judged_as_it_was(factor: float, verdict: Verdic
         later.reasons,
         later.estimate,
     )
+
+
+@pytest.mark.parametrize("other", [FAST[:1], FAST])
+def test_what_a_night_left_waiting_is_waiting_when_it_is_judged_later(other: list[float]) -> None:
+    """Picked with a p between 0.5 and 5 %, and beyond what may be measured again."""
+    rows = beside(SLOW, other)
+    rows += timed([1e-3] * NIGHTS + [1.022e-3], workload="8q1s4k dtype=fp32", timer="event")
+    then = {v.series.id: v for v in judge(table_of(rows), settings=BESIDE).verdicts}
+    later = {v.series.id: v for v in judge(table_of(rows)).verdicts}
+    assert {(v.verdict, v.reasons[0]) for v in then.values()} == {
+        (Verdict.REGRESSION, Reason.CONFIRMED),
+        (Verdict.UNDECIDED, Reason.NOT_CONFIRMED_YET),
+    }
+    assert later == then
+    (alone,) = [
+        v
+        for v in judge(table_of([r for r in rows if r.replicate < 200])).verdicts
+        if not v.subject.confirmations
+    ]
+    assert (alone.verdict, alone.is_flagged) == (Verdict.UNCHANGED, False)
+
+
+def test_a_step_among_the_past_changes_is_still_confirmed_beside_the_build_before() -> None:
+    """The series' own past is too restless to pick it by; two builds by turns are not."""
+    for nights in (5, 6):
+        # Among twenty others a p of a few percent is chance; each of them is a little faster.
+        others = [
+            one
+            for n in range(1, 21)
+            for one in timed(
+                [*([1e-3] * (11 + nights)), 0.9995e-3],
+                workload=f"{n}q1s9k dtype=fp32",
+                timer="event",
+            )
+        ]
+        found = judge(table_of([*followed(12, nights, builds=2), *others])).verdicts
+        (verdict,) = [one for one in found if one.subject.confirmations]
+        assert verdict.verdict is Verdict.REGRESSION
+        assert verdict.reasons[:2] == (Reason.CONFIRMED, Reason.INTERVAL_TOO_WIDE)
+        assert verdict.since is not None
+        assert verdict.since.run_id == row(12).run_id
+        # The new build alone shares the night with what made it look slower.
+        (alone,) = judge(table_of(followed(12, nights, builds=1))).verdicts
+        assert alone.verdict is Verdict.UNDECIDED
+        assert "see its page" in undecided_advice(alone)
+
+
+@pytest.mark.parametrize("before", [6, 12])
+def test_after_a_step_that_stays_a_series_is_not_undecided_for_weeks(before: int) -> None:
+    for nights in range(8, 20, 3):
+        rows = [r for r in followed(before, nights, 2, size=1.3) if r.replicate < 100]
+        (verdict,) = judge(table_of(rows)).verdicts
+        assert (verdict.verdict, verdict.reasons[0]) == (Verdict.UNCHANGED, Reason.WITHIN_FLOOR)
+
+
+def test_a_restless_level_is_undecided_as_before() -> None:
+    jumping = [1e-3, 1.6e-3, 0.7e-3, 1.5e-3, 0.8e-3, 1.4e-3] * 3
+    (verdict,) = judge(table_of(timed([*jumping, 1.1e-3], timer="event"))).verdicts
+    assert (verdict.verdict, verdict.reasons[0]) == (
+        Verdict.UNDECIDED,
+        Reason.INTERVAL_TOO_WIDE,
+    )
+
+
+def test_what_is_picked_for_the_build_before_makes_no_alarm_harder_without_it() -> None:
+    """Twenty series with a p between 0.5 and 5 %, and one that ten fresh processes confirm."""
+    rows = beside(SLOW, [])
+    for batch in range(2, 22):
+        levels = [1e-3] * NIGHTS + [1.022e-3]
+        rows += timed(levels, workload=f"{batch}q1s2k dtype=fp32", timer="event")
+    rows = [
+        r
+        if r.replicate < 100
+        else replace(r, samples=tuple(s * (0.6 if r.replicate == 100 else 1.0) for s in r.samples))
+        for r in rows
+    ]
+    found = {v.verdict for v in judge(table_of(rows)).verdicts}
+    assert found == {Verdict.REGRESSION, Verdict.UNCHANGED}

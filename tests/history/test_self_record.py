@@ -23,6 +23,7 @@ from attnbench.history.self_record import (
     equal_nights,
     gate_record,
     rehearsals_of,
+    shards_of,
 )
 from attnbench.history.verdict import judge
 from attnbench.store import ResultsFolder, RunHeader
@@ -30,6 +31,7 @@ from attnbench.store.record import Measurement
 from tests.history.fake import row, table_of, timed
 
 TEXTS = [f"{n}q1s512 dtype=fp32" for n in range(2, 8)]
+TEXT_NUMBER = {row(0, workload=text).workload: number for number, text in enumerate(TEXTS)}
 
 
 def panel_of(rows: list[Measurement]) -> Panel:
@@ -235,4 +237,76 @@ def test_rehearsals_are_read_from_headers(tmp_path: Path) -> None:
         with folder.open_run(header) as run:
             run.append(replace(row(0), run_id=header.run_id))
         ids.append(header.run_id)
-    assert rehearsals_of(folder, ids) == {ids[1]: {"CPU_ATTN": 1.3}}
+    assert rehearsals_of(folder.headers(), ids) == {ids[1]: {"CPU_ATTN": 1.3}}
+
+
+def test_shards_are_read_from_headers(tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path)
+    ids = []
+    for options in ({}, {"shard": "2/3"}, {"shard": ""}):
+        header = RunHeader.new(options=options)
+        with folder.open_run(header) as run:
+            run.append(replace(row(0), run_id=header.run_id))
+        ids.append(header.run_id)
+    assert shards_of(folder.headers(), ids) == {ids[1]: "2/3"}
+
+
+def sharded(levels: dict[int, tuple[float, float]], **of: str) -> list[Measurement]:
+    """Nights of two parts, a series each: run 2 n is the first part of night n."""
+    return [
+        one
+        for night, seconds in levels.items()
+        for part in (0, 1)
+        for one in timed(
+            [seconds[part]],
+            2 * night + part,
+            workload=TEXTS[part],
+            commit=of.get(f"night{night}", f"{night:040x}"),
+        )
+    ]
+
+
+def test_the_parts_of_a_night_are_one_night_and_no_twins_of_each_other() -> None:
+    same = {"night5": "a" * 40, "night6": "a" * 40}
+    rows = sharded(dict.fromkeys(range(7), (0.001, 0.001)), **same)
+    panel = panel_of(rows)
+    shards = {run.run_id: f"{i % 2 + 1}/2" for i, run in enumerate(panel.runs)}
+    assert [(n.before, n.run) for n in equal_nights(panel, None, shards)] == [(10, 12), (11, 13)]
+    found = gate_record(panel, shards=shards)["false_alarms"]
+    assert (found["nights"], found["alarming"]["of"]) == (1, 1)
+    assert [night["series"] for night in found["listed"]] == [1, 1]
+    assert found["by_timer"][0]["picked"]["of"] == 2
+
+
+def test_a_slow_down_of_a_new_commit_is_no_false_alarm_of_its_second_part() -> None:
+    rows = sharded({n: (1e-3, 1e-3 if n < 5 else 1.5e-3) for n in range(6)})
+    rows += [
+        row(11, 100 + r, workload=TEXTS[1], seconds=1.5e-3, commit=f"{5:040x}") for r in range(10)
+    ]
+    panel = panel_of(rows)
+    shards = {run.run_id: f"{i % 2 + 1}/2" for i, run in enumerate(panel.runs)}
+    assert gate_record(panel, shards=shards)["false_alarms"]["nights"] == 0
+    # Nor where nobody says that they are parts: a series without a twin is not counted.
+    found = gate_record(panel)["false_alarms"]
+    assert found["alarming"]["count"] == 0
+    assert found["by_timer"] == []
+
+
+def test_a_step_is_followed_for_three_nights_of_its_part() -> None:
+    whole = panel_of(noisy(16, 5))
+    parted = panel_of(
+        [
+            replace(one, run_id=row(2 * night + part).run_id, started_at=start)
+            for one in noisy(16, 5)
+            for night in [int(one.run_id[-6:], 16)]
+            for part in [TEXT_NUMBER[one.workload] % 2]
+            for start in [row(2 * night + part).started_at]
+        ]
+    )
+    shards = [f"{i % 2 + 1}/2" for i in range(32)]
+    rule = VerdictSettings(has_reference=True)
+    one = replay(whole, rule, np.ones(16, bool), 6, seed=1)
+    two = replay(parted, rule, np.ones(32, bool), 6, seed=1, shards=shards)
+    assert (two.nights, one.nights) == (6, 6)
+    assert [c.trials for c in two.counts["event"]] == [c.trials for c in one.counts["event"]]
+    assert two.counts["event"][3].confirmed[2] == 36

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from attnbench.history.rule import Estimate
 from attnbench.history.runs import runs_of
 from attnbench.history.summary import causes_of, summary_markdown, summary_text
+from attnbench.history.summary_fit import Section, fitted
 from attnbench.history.verdict import judge
 from attnbench.history.wording import (
     duration_text,
@@ -18,7 +22,7 @@ from attnbench.history.wording import (
     repro_command,
     short_commit,
 )
-from attnbench.store.record import stack_id
+from attnbench.store.record import Measurement, stack_id
 from tests.history.fake import DEVICE, NEW_STACK, OLD_STACK, history, row, table_of, timed
 
 GOLDEN = """\
@@ -226,3 +230,93 @@ def test_small_texts() -> None:
         "2 h 1 min",
     ]
     assert short_commit("0123456789+dirty") == "0123456+dirty"
+
+
+SECTIONS = st.lists(
+    st.builds(
+        lambda entries, style: (entries, style),
+        st.lists(st.lists(st.just("text"), min_size=1, max_size=5), min_size=1, max_size=8),
+        st.sampled_from(["red", ""]),
+    ),
+    max_size=14,
+)
+
+
+@settings(deadline=None)
+@given(SECTIONS, st.integers(1, 12))
+def test_any_sections_fit_and_nothing_is_left_unsaid(
+    drawn: list[tuple[list[list[str]], str]], most: int
+) -> None:
+    sections = [Section(f"s{i}", entries, style) for i, (entries, style) in enumerate(drawn)]
+    lines = fitted(sections, most)
+    assert len(lines) <= most
+    shown = [line.label for line in lines if line.label not in ("", "more")]
+    assert shown == [section.label for section in sections[: len(shown)]]
+    left = [f"{len(s.entries)} {s.label}" for s in sections[len(shown) :]]
+    more = [line.text for line in lines if line.label == "more"]
+    assert more == ([", ".join(left) + ": attnbench history"] if left else [])
+    # The most important is never told shorter than another one of its size.
+    told = [lines.index(line) for line in lines if line.label] + [len(lines)]
+    lengths = [b - a for a, b in itertools.pairwise(told)][: len(shown)]
+    for (one, this), (other, that) in itertools.combinations(zip(drawn, lengths, strict=False), 2):
+        assert this >= that or one[0] != other[0]
+
+
+def test_the_gravest_keep_their_names_when_details_do_not_fit() -> None:
+    three = [["A", "with", "again"], ["B", "with", "again"], ["C", "with"]]
+    slower = Section("slower", [*three, ["D"]])
+    others = Section("waiting", [["x"], ["y"]])
+    found = [(line.label, line.text) for line in fitted([slower, others], 7)]
+    assert found == [
+        ("slower", "A"),
+        ("", "with"),
+        ("", "again"),
+        ("", "B"),
+        ("", "C"),
+        ("", "and 1 more: attnbench history"),
+        ("waiting", "x   and 1 more: attnbench history"),
+    ]
+
+
+KINDS = ("slower", "faster", "lost", "works", "crash", "new", "noisy", "waiting", "invalid")
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.dictionaries(st.sampled_from(KINDS), st.integers(0, 5)), st.booleans())
+def test_a_night_has_ten_lines_at_most(kinds: dict[str, int], has_pages: bool) -> None:
+    rows = timed([1e-3] * 8, workload="64q1s1k dtype=fp32")
+    for number, (kind, count) in enumerate(kinds.items()):
+        for batch in range(count):
+            rows += night_of(kind, f"{1 + batch}q1s{1 + number}k dtype=fp32")
+    judgement = judge(table_of(rows), planned=["0123456789abcdef"])
+    facts = {"pages": "site/index.html", "reference": "none: gone"} if has_pages else {}
+    lines = summary_text(judgement, **facts).splitlines()  # type: ignore[arg-type]
+    assert len(lines) <= 10
+    assert lines[1].startswith("verdict")
+    if kinds.get("slower"):
+        assert lines[3].startswith("slower")
+    if has_pages:
+        assert lines[-1] == "pages     site/index.html"
+
+
+def night_of(kind: str, workload: str) -> list[Measurement]:
+    """A series of eight nights that ends as `kind` says."""
+    quiet = timed([1e-3] * 7, workload=workload)
+    if kind in ("slower", "waiting"):
+        rows = [*quiet, *timed([2e-3], 7, workload=workload)]
+        again = range(10 if kind == "slower" else 0)
+        return rows + [row(7, 100 + r, workload=workload, seconds=2e-3) for r in again]
+    if kind == "faster":
+        return [*quiet, *timed([0.5e-3], 7, workload=workload)]
+    if kind in ("lost", "crash"):
+        status = "UNSUPPORTED" if kind == "lost" else "CRASH"
+        return [*quiet, row(7, workload=workload, status=status, reasons=("no fp32",))]
+    if kind == "works":
+        refused = [row(n, workload=workload, status="UNSUPPORTED") for n in range(7)]
+        return [*refused, *timed([1e-3], 7, workload=workload)]
+    if kind == "invalid":
+        return [*quiet, *timed([1e-3], 7, workload=workload, timer="event")]
+    if kind == "noisy":
+        levels = [1e-3, 1.9e-3, 0.5e-3, 1.8e-3, 0.6e-3, 1.7e-3, 0.7e-3, 1.6e-3]
+        return timed(levels, workload=workload)
+    return timed([1e-3], 7, workload=workload)
