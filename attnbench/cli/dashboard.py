@@ -45,6 +45,8 @@ def dashboard(
     entries = load_acknowledgements(settings.acknowledgements)
     alarms = alarms_of(judgement, panel, entries, stale_nights=settings.stale_nights)
     judgement = replace(judgement, shard=shard, alarms=alarms)
+    if shard:
+        judgement = replace(judgement, dropped=())
     pages = load_pages(config, settings.dashboards)
     index = render(
         panel,

@@ -70,6 +70,9 @@ def record_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
             {"what": f"false: {name.replace('_', ' ')}", "timer": timer["timer"], **timer[name]}
             for name in ("picked", "confirmed", "undecided", "not_confirmed_yet")
         ]
+        if timer["standing"]:
+            left_out = {"timer": timer["timer"], "count": timer["standing"]}
+            rows.append({"what": "standing: slow the night before too", **left_out})
     for cell in record["power"]["by_timer"]:
         labels = {"timer": cell["timer"], "change": f"+{cell['step']:.0%}"}
         rows.append({"what": "replayed: picked", **labels, "night": 1, **cell["picked"]})

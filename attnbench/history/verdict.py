@@ -136,7 +136,7 @@ def judge(
     panel = history if isinstance(history, Panel) else Panel.of_table(history, published)
     own = [run for run, theirs in zip(panel.runs, panel.is_published, strict=True) if not theirs]
     run = find_run(panel.runs, subject_run) if subject_run else newest_run(own or panel.runs)
-    previous = _previous(run, own)
+    previous = _previous(panel, run, own)
     environment = environment_change(previous, run) if previous else None
     number = panel.run_number(run.run_id)
     judged = panel.with_metrics(settings.metrics)
@@ -217,14 +217,21 @@ def differing_fields(a: SeriesKey, b: SeriesKey) -> tuple[str, ...]:
     return tuple(name for name in _INCOMPARABLE if getattr(a, name) != getattr(b, name))
 
 
-def _previous(run: RunSummary, runs: Sequence[RunSummary]) -> RunSummary | None:
-    """The run before `run` on the same device, of the same suites if there is one."""
+def _previous(panel: Panel, run: RunSummary, runs: Sequence[RunSummary]) -> RunSummary | None:
+    """The run before `run` on the same device, of the same suites if there is one.
+
+    Of these the newest that planned any of its points: the shards of a night planned none of each
+    other's, and what changed since the last night changed for all of them.
+    """
     mark = (run.started_at, run.run_id)
     earlier = [
         r for r in runs if (r.started_at, r.run_id) < mark and r.device_class == run.device_class
     ]
-    alike = [r for r in earlier if r.suites == run.suites]
-    found = alike or earlier
+    found = [r for r in earlier if r.suites == run.suites] or earlier
+    planned = panel.status[:, panel.run_number(run.run_id)] != NOT_PLANNED
+    for one in reversed(found):
+        if (planned & (panel.status[:, panel.run_number(one.run_id)] != NOT_PLANNED)).any():
+            return one
     return found[-1] if found else None
 
 

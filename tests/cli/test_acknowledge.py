@@ -129,3 +129,19 @@ def test_the_gates_record_as_rows(results: Path, project: Path) -> None:
     assert all(r["timer"] == "wall" and r["of"] > 0 for r in confirmed)
     assert all(r["low"] <= r["rate"] <= r["high"] for r in rows)
     assert "false alarms are not known yet" in outcome.stderr  # each run has its own commit
+
+
+@pytest.mark.parametrize("standing", [0, 2])
+def test_what_was_slow_the_night_before_is_told_apart(standing: int) -> None:
+    from attnbench.cli.gate import record_rows
+    from attnbench.history.self_record import rate
+
+    names = ("picked", "confirmed", "undecided", "not_confirmed_yet")
+    of_timer = {"timer": "wall", "standing": standing, **{name: rate(0, 7) for name in names}}
+    record = {
+        "false_alarms": {"nights": 0, "by_timer": [of_timer]},
+        "power": {"by_timer": []},
+        "rehearsed": [],
+    }
+    told = [row["count"] for row in record_rows(record) if row["what"].startswith("standing")]
+    assert told == ([standing] if standing else [])

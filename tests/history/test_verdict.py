@@ -11,9 +11,10 @@ import pytest
 from attnbench.errors import DataError, ExitCode
 from attnbench.history.confirm import ROUNDS
 from attnbench.history.rule import Reason, Verdict, VerdictSettings
+from attnbench.history.runs import runs_of
 from attnbench.history.verdict import Judgement, judge
 from attnbench.store.record import Measurement, point_id
-from tests.history.fake import history, row, table_of, timed
+from tests.history.fake import NEW_STACK, OLD_STACK, history, row, table_of, timed
 
 Rows = list[Measurement]
 
@@ -240,6 +241,27 @@ def test_points_that_were_not_planned_again_are_named() -> None:
     # A run of another suite drops nothing.
     other = timed([1e-3], backend="TORCH_SDPA") + timed([1e-3], 1, suite="prefill")
     assert judged(other).dropped == ()
+
+
+def test_a_shard_follows_the_run_that_measured_its_points() -> None:
+    """Two nights in two shards each; the second night has other packages."""
+    nights = (OLD_STACK, NEW_STACK)
+    rows = [
+        row(2 * night + shard, workload=f"{shard + 1}q1s4k dtype=fp32", stack=stack)
+        for night, stack in enumerate(nights)
+        for shard in range(2)
+    ]
+    table = table_of(rows)
+    runs = [run.run_id for run in runs_of(table)]
+    for shard in range(2):
+        found = judge(table, runs[2 + shard])
+        assert found.previous is not None
+        assert found.previous.run_id == runs[shard]
+        assert found.dropped == ()
+    # Points that no run before had: the newest one is the one before.
+    alone = judge(table, runs[1])
+    assert alone.previous is not None
+    assert alone.previous.run_id == runs[0]
 
 
 def test_an_environment_change_is_named_with_its_packages() -> None:
