@@ -209,7 +209,7 @@ def _suspects(
     repository: Path | None,
 ) -> Attribution | None:
     verdict = group.worst
-    series = _outline(panel, panel.index_of(verdict.series.key))
+    series = outline_of(panel, panel.index_of(verdict.series.key))
     begin = verdict.since or group.since or verdict.subject
     since = series.at(begin.run_id)
     if since is None:
@@ -217,7 +217,7 @@ def _suspects(
     return attribute_since(series, since, runs, repository, clocks)
 
 
-def _outline(panel: Panel, index: int) -> Series:
+def outline_of(panel: Panel, index: int) -> Series:
     """The series with as much of its values as the arrays have: no file is read for it."""
     seconds = np.exp(panel.log_s[index]).tolist()
     values = [

@@ -60,8 +60,9 @@ def overview_context(
     run_index: Mapping[str, int],
     published: Collection[str],
     watch: Watch,
+    late: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Values of the overview's template."""
+    """Values of the overview's template; `late` is `late_levels.late_section`."""
     run = judgement.run
     verdict = judgement.verdict
     # What is silent is told even where nobody asked about acknowledgements.
@@ -74,14 +75,14 @@ def overview_context(
         "headline": headline(judgement).removeprefix("attnbench nightly · "),
         "verdict": str(verdict),
         "sign": _SIGNS[verdict],
-        "sentence": _sentence(judgement),
+        "sentence": _sentence(judgement, late["total"] if late else 0),
         "counts": _sentence_case(verdict_counts(judgement)),
         "exit_code": int(judgement.exit_code),
         "incomplete": judgement.incomplete,
         "run": _run_row(run, run_index, published),
         "environment": judgement.environment.text if judgement.environment else "",
         "lead": lead,
-        "sections": [section for section in sections if section["total"]],
+        "sections": [one for one in (*sections, late) if one and one["total"]],
         "missing": len(judgement.missing),
         "absent": absent[:_LISTED],
         "num_absent": len(absent),
@@ -98,11 +99,19 @@ def overview_context(
     }
 
 
-def _sentence(judgement: Judgement) -> str:
+def told_series(judgement: Judgement) -> set[str]:
+    """Ids of the series that the page says something of in any case."""
+    quiet = (Verdict.UNCHANGED, Verdict.IMPROVEMENT)
+    return {v.series.id for v in judgement.verdicts if v.verdict not in quiet}
+
+
+def _sentence(judgement: Judgement, num_late: int) -> str:
     is_new = all(v.reasons[0] is Reason.NO_BASELINE for v in judgement.verdicts)
     sentence = _FIRST if is_new else _SENTENCES[judgement.verdict]
     if judgement.shard:
         sentence += f" Shard {judgement.shard} of the plan only; see the runs below."
+    if num_late:
+        sentence += f" Slower for some time: {num_late}, below."
     return sentence
 
 

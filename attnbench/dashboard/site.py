@@ -18,8 +18,9 @@ from attnbench.dashboard.answers import Answers
 from attnbench.dashboard.compare_data import compare_data, times_stamp, times_text
 from attnbench.dashboard.data_files import DataFiles
 from attnbench.dashboard.gate_page import gate_context
+from attnbench.dashboard.late_levels import late_section
 from attnbench.dashboard.level_changes import level_changes
-from attnbench.dashboard.overview import overview_context
+from attnbench.dashboard.overview import overview_context, told_series
 from attnbench.dashboard.pages import PAGE_TITLES, Pages, write_text_atomically
 from attnbench.dashboard.script import to_json
 from attnbench.dashboard.series_files import chunks_of, newer_files, older_files
@@ -156,6 +157,7 @@ def _write(
     if pages.shows("support"):
         scripts["support"] = support_data(panel, settings.metrics)
     scripts |= {name: value for name, value in optional.items() if pages.shows(name)}
+    late = None
     _remove_left_over(out, pages)
     with DataFiles(out / "data", _DATA) as files, _one_beside() as beside:
         waited_for = [
@@ -173,6 +175,8 @@ def _write(
             for name, text in older_files(stale, files.text):
                 files.write(name, text)
             changes = level_changes(panel, out / "data")
+            told = told_series(judgement)
+            late = late_section(panel, verdicts, changes, settings, watch, told)
             heads = data.series_heads(panel, verdicts, run_index, changes)
             for name, text in newer_files(chunks, heads):
                 files.write(name, text)
@@ -185,7 +189,7 @@ def _write(
         "nav": [(_file_of(p), p, PAGE_TITLES[p]) for p in pages.pages]
         + [(file, "upgrade", "Upgrade") for file in (UPGRADE_FILE,) if (out / file).is_file()],
         "has_matrix": matrix is not None,
-        **overview_context(judgement, panel, runs, run_index, published, watch),
+        **overview_context(judgement, panel, runs, run_index, published, watch, late),
     }
     if pages.shows("gate") and watch.record:
         context["gate"] = gate_context(watch.record, panel, runs)
