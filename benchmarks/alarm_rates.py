@@ -6,8 +6,8 @@ All follow the same series over the same nights. Of each series (residuals as in
 random night is the first of `NIGHTS` that are followed, once as they are and once with each step
 from that night on.
 
-The gate judges them as in gate_rates.py, among all series of the night. "First look" is what it
-picks to be measured again.
+The gate judges them as in gate_rates.py, among all series of the night, and measures again what it
+picks and what is too restless to tell. "First look" is what it picks.
 
 A change-point method sees each night the newest `WINDOW` nights, this one included. It alarms when
 it reports a slow-down that it has not reported before: further than `TOLERANCE` nights from every
@@ -30,18 +30,29 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from change_points import TOLERANCE, Array, Detector, attnbench, e_divisive, pelt
-from gate_rates import AS_IS, NOISE, SECOND_LOOKS, Nights, look, looked_again, rows_of, stepped
+from gate_rates import (
+    AS_IS,
+    NOISE,
+    SECOND_LOOKS,
+    Nights,
+    is_untold,
+    look,
+    looked_again,
+    rows_of,
+    stepped,
+)
 from numpy.typing import NDArray
 from real_noise import STEADY_CV, STEPS, residuals, robust_cv
 
-from attnbench.history.confirm import LARGEST_P
+from attnbench.history.confirm import LARGEST_P, LARGEST_P_UNPICKED
 from attnbench.history.gate import DEPTH
+from attnbench.history.looks import looks_of
 
 #: What became of each series-night: [num_cases, num_draws, NIGHTS].
 Outcomes = NDArray[np.int8]
@@ -189,10 +200,12 @@ def yes() -> bool:
     return True
 
 
-def is_confirmed(noise: Array, step: float, rng: np.random.Generator) -> bool:
-    """The gate's second look, judged alone: these methods pick few of a night."""
+def is_confirmed(
+    noise: Array, step: float, rng: np.random.Generator, largest_p: float = LARGEST_P
+) -> bool:
+    """The gate's second look, judged alone: change-point methods pick few of a night."""
     found = looked_again(noise, step, rng)
-    return found is not None and found.is_slower(NOISE, LARGEST_P)
+    return found is not None and found.is_slower(NOISE, largest_p)
 
 
 def follow_gate(
@@ -206,10 +219,16 @@ def follow_gate(
         ends = case.place + 1 + np.arange(NIGHTS)
         values = stepped(noise, case.place, step)
         found = look(np.array([values[end - DEPTH : end] for end in ends]))
-        for night, end in enumerate(ends.tolist()):
+        firsts = looks_of(found, np.full(NIGHTS, NOISE.floor))
+        for night, (end, alone) in enumerate(zip(ends.tolist(), firsts, strict=True)):
+            assert alone is not None  # DEPTH runs make a level
             own = rows_of(found, np.array([night]))
             others = nights.picked_with(case.series, own, end - 1 - len(noise), AS_IS)
             if others is None:
+                if is_untold(replace(alone, is_picked=False, is_sure=False)):
+                    for draw in range(draws):
+                        again = is_confirmed(noise, step, rng, LARGEST_P_UNPICKED)
+                        both[row, draw, night] = ALARM if again else AGAIN
                 continue
             first[row, :, night] = ALARM
             for draw in range(draws):

@@ -39,7 +39,7 @@ from attnbench.history.confirm import (
     second_look,
 )
 from attnbench.history.gate import DEPTH, PICKED_NOISE, Screen, accepted, pick, screen
-from attnbench.history.looks import looks_of
+from attnbench.history.looks import FirstLook, looks_of
 from attnbench.history.rule import TIMER_NOISE, Verdict
 from attnbench.history.series_verdict import first_verdict
 
@@ -215,6 +215,12 @@ class Untold:
     undecided: float
 
 
+def is_untold(first: FirstLook) -> bool:
+    """Whether it is measured again though it was not picked; the build before is at hand."""
+    found, _ = first_verdict(first, NOISE, True)
+    return found is Verdict.UNDECIDED and first.estimate.ratio > NOISE.limit
+
+
 def untold(nights: Nights, rng: np.random.Generator) -> Untold:
     """Nights without a step; the build before takes turns."""
     rows_again: list[int] = []
@@ -224,7 +230,7 @@ def untold(nights: Nights, rng: np.random.Generator) -> Untold:
         rows_again += [
             row
             for row, first in zip(rows.tolist(), firsts, strict=True)
-            if first is not None and first_verdict(first, NOISE, True)[0] is Verdict.UNDECIDED
+            if first is not None and is_untold(first)
         ]
     false = open_ = 0
     for _ in range(SECOND_LOOKS):

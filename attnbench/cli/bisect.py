@@ -106,6 +106,7 @@ def bisect(
     words = ["attnbench", "bisect", workload, "--backend", backend]
     words += ["--timer", timer] if timer else []
     words += ["--repo", str(repo)] if repo else []
+    words += ["--results", str(results)] if results else []
     words += ["--stacks", finer]
     _print(found, shlex.join(words) if finer else "", format)
     raise typer.Exit(exit_code(found))
@@ -178,6 +179,7 @@ def _measurer(
     from attnbench.cli.downloads import TerminalTell
     from attnbench.cli.sweeping import measure_options
     from attnbench.history.bisect import Journal
+    from attnbench.measure.environment import read_environment
     from attnbench.selection import current_device
     from attnbench.store.record import short_hash
     from attnbench.upgrade.alternate import PlanPart
@@ -186,11 +188,15 @@ def _measurer(
     from attnbench.workload import Workload
 
     text = Workload.parse(workload).text
-    options = measure_options(settings, current_device(), timer, [], 1, budget, None, [])
+    device = current_device()
+    options = measure_options(settings, device, timer, [], 1, budget, None, [])
+    around = read_environment(device)
     question: dict[str, Any] = {
         "candidates": [candidate.label for candidate in candidates],
         "workload": text,
         "backend": backend,
+        # Candidates have it behind them: times from before it changed belong to another search.
+        "here": [around.device_class, around.driver_version, *around.stack],
         # As JSON gives it back.
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()},
     }

@@ -63,6 +63,10 @@ class Chunk:
     def is_split(self) -> bool:
         return bool(self.split)
 
+    def file(self, kind: str) -> str:
+        """The name of one of its data files."""
+        return f"{kind}-{self.name or 'all'}"
+
     @cached_property
     def stamp(self) -> str:
         """Changes when the older values do; "" where that cannot be told."""
@@ -123,7 +127,7 @@ def _written_before(
 ) -> tuple[int, list[str]]:
     """The first run that an earlier file does not have, and its text of each series."""
     earlier = replace(chunk, split=max(0, chunk.split - _NIGHTS_TOGETHER))
-    text = written(f"values-{chunk.name}", earlier.stamp) if earlier.is_split else None
+    text = written(chunk.file("values"), earlier.stamp) if earlier.is_split else None
     if text is None:
         return 0, ["[]"] * len(chunk.series)
     # No text of a value has this: a quote inside a text is escaped, and none of them is a key.
@@ -182,7 +186,7 @@ def _by_chunk(block: Sequence[Chunk], texts: Sequence[str], kind: str) -> Iterat
             f'"{chunk.panel.ids[index]}":{text}'
             for index, text in zip(chunk.series.tolist(), own, strict=True)
         )
-        yield f"{kind}-{chunk.name or 'all'}", "{" + ",".join(entries) + "}"
+        yield chunk.file(kind), "{" + ",".join(entries) + "}"
 
 
 def _values_text(

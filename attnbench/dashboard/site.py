@@ -171,7 +171,7 @@ def _write(
         if pages.shows("series"):
             chunks = chunks_of(panel)
             split = [chunk for chunk in chunks if chunk.is_split]
-            stale = [c for c in split if not files.keep(f"values-{c.name}", c.stamp)]
+            stale = [c for c in split if not files.keep(c.file("values"), c.stamp)]
             for name, text in older_files(stale, files.text):
                 files.write(name, text)
             changes = level_changes(panel, out / "data")

@@ -76,6 +76,7 @@ def _sections(judgement: Judgement, causes: Mapping[str, Attribution]) -> list[S
             "missing",
             [[f"{missing} planned points have no row; go on: attnbench nightly --resume last"]]
             * (missing > 0),
+            count=missing,
         ),
         *(told[label] for label in ("refused", "stale") if label in told),
         Section("stack", _stack_lines(judgement), "", ""),
@@ -86,6 +87,7 @@ def _sections(judgement: Judgement, causes: Mapping[str, Attribution]) -> list[S
         Section(
             "waiting",
             [[f"{waiting} points may be slower and were not measured again"]] * (waiting > 0),
+            count=waiting,
         ),
         Section("invalid", [_invalid_lines(v) for v in judgement.of(Verdict.INVALID)]),
         Section(
@@ -97,13 +99,9 @@ def _sections(judgement: Judgement, causes: Mapping[str, Attribution]) -> list[S
             [[_ratio_text(v)] for v in judgement.because(Reason.FASTER_THAN_FLOOR)],
             "green",
         ),
-        Section("dropped", _dropped_lines(judgement), ""),
+        Section("dropped", _dropped_lines(judgement), "", count=len(judgement.dropped)),
         *(told[label] for label in ("known", "warning") if label in told),
-        Section(
-            "new",
-            [[_new_text(new, len(judgement.verdicts))]] * (new > 0),
-            "",
-        ),
+        Section("new", [[_new_text(new, len(judgement.verdicts))]] * (new > 0), "", count=new),
     ]
     return [section for section in sections if section.entries]
 
@@ -373,7 +371,12 @@ def _alarm_sections(judgement: Judgement) -> dict[str, Section]:
         label = name or label
         styles.setdefault(label, style)
         entries.setdefault(label, []).append([text])
-    return {name: Section(name, found, styles[name], "") for name, found in entries.items()}
+    # One line is about all that one acknowledgement is.
+    counts = {"refused": len(judgement.alarms.refused), "known": len(judgement.alarms.known)}
+    return {
+        name: Section(name, found, styles[name], "", counts.get(name, 0))
+        for name, found in entries.items()
+    }
 
 
 def _open(judgement: Judgement, verdicts: Sequence[SeriesVerdict]) -> list[SeriesVerdict]:

@@ -34,12 +34,16 @@ class SummaryLine:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """What is said under one label. `entries`: of each its lines, the worst first."""
+    """What is said under one label. `entries`: of each its lines, the worst first.
+
+    `count`: how many things these are about, where one entry is about several; 0: one each.
+    """
 
     label: str
     entries: Sequence[Sequence[str]]
     style: str = "yellow"
     see: str = ": attnbench history"  # where the rest of many is
+    count: int = 0
 
     def lines(self, room: Room) -> list[SummaryLine]:
         """What of it fits in `room`, and how many entries more there are."""
@@ -63,20 +67,34 @@ class Section:
 
 
 def fitted(sections: Sequence[Section], most: int) -> list[SummaryLine]:
-    """The lines of `sections`, at most `most`: of the least important ones less is said first."""
+    """The lines of `sections`, at most `most`: of the least important ones less is said first.
+
+    The gravest one keeps the whole of its first entry, with what to type, before others are told.
+    """
     rooms = [Room.LIST] * len(sections)
     chosen = list(sections)
     for place in reversed(range(len(chosen))):
-        for room in Room:
+        for room in Room if place else tuple(Room)[:-1]:
             rooms[place] = room
             if _num_lines(chosen, rooms) <= most:
                 break
     left: list[Section] = []
     while _num_lines(chosen, rooms) + bool(left) > most:
-        left.insert(0, chosen.pop())
+        if len(chosen) == 1 and rooms[0] is not Room.LINE:
+            rooms[0] = Room.LINE
+        else:
+            left.insert(0, chosen.pop())
+    # What the last one shortened gave up may be more than was needed.
+    for place in range(len(chosen)):
+        for room in Room:
+            rooms[place] = room
+            if _num_lines(chosen, rooms) + bool(left) <= most:
+                break
     lines = [line for i, section in enumerate(chosen) for line in section.lines(rooms[i])]
     if left:
-        counts = ", ".join(f"{len(section.entries)} {section.label}" for section in left)
+        counts = ", ".join(
+            f"{section.count or len(section.entries)} {section.label}" for section in left
+        )
         lines.append(SummaryLine("more", f"{counts}: attnbench history"))
     return lines
 

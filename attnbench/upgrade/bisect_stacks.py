@@ -45,7 +45,7 @@ def stack_candidates(
 
     Raises UsageError.
     """
-    line = _between(text, stacks, device_class)
+    line = _with_what_differs(_between(text, stacks, device_class), tell)
     installable = [_installable(stack) for stack in line]
     common = set(installable[0]).intersection(*installable)
     names = sorted(name for name in common if len({one[name] for one in installable}) > 1)
@@ -69,6 +69,20 @@ def stack_candidates(
         )
         for before, place in zip([0, *places], places, strict=False)
     ]
+
+
+def _with_what_differs(line: Sequence[Stack], tell: Callable[[str], None]) -> list[Stack]:
+    """The ends, and what lies between and has every package that the ends have different ones of.
+
+    One without such a package would take it, and with it perhaps the culprit, out of the search.
+    """
+    good, bad = (_installable(line[end]) for end in (0, -1))
+    differ = {name for name in good.keys() & bad.keys() if good[name] != bad[name]}
+    kept = [stack for stack in line[1:-1] if differ <= _installable(stack).keys()]
+    for stack in line[1:-1]:
+        if lacking := sorted(differ - _installable(stack).keys()):
+            tell(f"{_name(stack)} is no candidate: it has no {', '.join(lacking)}")
+    return [line[0], *kept, line[-1]]
 
 
 def _by_package(name: str, good: Versions, bad: Versions) -> list[Candidate]:

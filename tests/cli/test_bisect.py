@@ -12,11 +12,17 @@ from pathlib import Path
 import pytest
 
 from attnbench.errors import ExitCode
+from attnbench.history.bisect import Reading
 from attnbench.measure import MeasureOptions
 from attnbench.store import ResultsFolder
 from attnbench.upgrade import alternate
 from attnbench.upgrade.alternate import PlanPart
-from attnbench.upgrade.bisect_sides import Measurer, commit_candidates, package_candidates
+from attnbench.upgrade.bisect_sides import (
+    Candidate,
+    Measurer,
+    commit_candidates,
+    package_candidates,
+)
 from attnbench.upgrade.tell import Silent
 from tests.cli.bisecting import (
     ENTRY,
@@ -217,6 +223,26 @@ def test_a_line_of_commits(here: Path) -> None:
         assert code == ExitCode.USAGE
         (told_line,) = told.splitlines()
         assert re.search(said, told_line), told_line
+
+
+def test_a_search_goes_on_only_where_it_began(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What candidates do not change is behind them: other packages here, other times."""
+    from attnbench.cli.bisect import _measurer
+    from attnbench.measure import environment
+    from attnbench.settings import Settings
+
+    line = [Candidate(label, lambda cache, tell: pytest.fail("not made")) for label in "ab"]
+
+    def begun(torch: str) -> int:
+        monkeypatch.setattr(environment, "read_stack", lambda: (f"torch=={torch}",))
+        _, journal = _measurer(
+            line, WORKLOAD, "CPU_ATTN", "fake", None, here, Settings(), here / "results", False
+        )
+        known = len(journal)
+        journal.read("a reading", lambda: Reading(1e-3, "OK"))
+        return known
+
+    assert [begun(torch) for torch in ("2.12", "2.12", "2.13", "2.13")] == [0, 1, 0, 1]
 
 
 def test_what_is_typed_wrong_is_one_line(packages: Path, here: Path) -> None:

@@ -167,6 +167,19 @@ def test_a_driver_alone_is_no_candidate() -> None:
     assert "the stacks differ in driver too" in told[0]
 
 
+def test_one_that_lacks_a_package_takes_it_not_out_of_the_search() -> None:
+    line = [
+        made(0, "flash==1", "torch==1"),
+        made(1, "flash==1", "torch==2"),
+        made(2, "torch==2"),  # uninstalled for a night
+        made(3, "flash==2", "torch==2"),
+    ]
+    labels, told = line_of(line, ends(line, 0, 3))
+    assert [label.partition(" ")[2] for label in labels] == ["", "torch 1 -> 2", "flash 1 -> 2"]
+    assert told[0] == f"{line[2].key} is no candidate: it has no flash"
+    assert not any("the stacks differ" in one for one in told)
+
+
 def test_names_of_stacks() -> None:
     twice = [*SIX, *(replace(stack, device_class="b200") for stack in SIX)]
     assert len(line_of(twice, ends(SIX, 0, 5))[0]) == 6

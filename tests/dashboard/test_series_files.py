@@ -164,6 +164,19 @@ def test_a_night_more_rewrites_few_of_the_older_values(
     (results.path / "runs" / f"{extra[0].run_id}.parquet").unlink()
 
 
+def test_older_values_of_few_series_are_kept_too(tmp_path: Path) -> None:
+    table = table_of(rows_of(RUNS, points=2))
+    folder = ResultsFolder(tmp_path / "results")
+    store(folder, rows_of(RUNS, points=2))
+    write(folder, tmp_path / "site")
+    first = contents(tmp_path / "site")
+    assert [name for name in first if name.startswith("values-")] == ["values-all.js"]
+    write(folder, tmp_path / "site")
+    again = contents(tmp_path / "site")
+    assert again["values-all.js"] == first["values-all.js"]
+    assert len(shown(tmp_path / "site")) == len(series_of(table))
+
+
 def test_a_rendering_that_was_killed_is_not_believed(
     results: ResultsFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,22 @@ def test_the_gate_alarms_on_the_first_night_of_ten_percent(rates: Any, gate_rate
     assert not (still["gate"] == rates.ALARM).any()
 
 
+def test_what_is_too_restless_to_tell_is_measured_again_too(rates: Any, gate_rates: Any) -> None:
+    series = [quiet_series(seed) for seed in range(30)]
+    series[3] = series[3] * 50
+    nights, cases = gate_rates.Nights(series), [rates.Case(3, PLACE), rates.Case(7, PLACE)]
+    found = rates.follow_gate(nights, cases, 0.0, np.random.default_rng(1))
+    unpicked = found["gate, first look"] == rates.NOTHING
+    again = (found["gate"] == rates.AGAIN) & unpicked
+    assert again[0].any()
+    assert not again[1].any()
+    # A step that its past hides is found by that second look alone.
+    found = rates.follow_gate(nights, cases[:1], 0.5, np.random.default_rng(1))
+    hidden = rates.follow_gate(nights, cases[:1], 0.1, np.random.default_rng(1))
+    assert (found["gate"] == rates.ALARM).any()
+    assert (hidden["gate"][hidden["gate, first look"] == rates.NOTHING] != rates.NOTHING).any()
+
+
 def test_the_counts_of_a_line(rates: Any) -> None:
     quiet = np.zeros((10, 1, 20), np.int8)
     quiet[0, 0, 4] = rates.ALARM  # 1 of 200 series-nights: 0.9 in the 180 of a step

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from attnbench.history.rule import Estimate
 from attnbench.history.runs import runs_of
 from attnbench.history.summary import causes_of, summary_markdown, summary_text
-from attnbench.history.summary_fit import Section, fitted
+from attnbench.history.summary_fit import Room, Section, fitted
 from attnbench.history.verdict import judge
 from attnbench.history.wording import (
     duration_text,
@@ -262,6 +262,22 @@ def test_any_sections_fit_and_nothing_is_left_unsaid(
         assert this >= that or one[0] != other[0]
 
 
+@settings(deadline=None)
+@given(SECTIONS, st.integers(1, 12))
+def test_no_line_is_left_empty_that_would_say_more(
+    drawn: list[tuple[list[list[str]], str]], most: int
+) -> None:
+    sections = [Section(f"s{i}", entries, style) for i, (entries, style) in enumerate(drawn)]
+    lines = fitted(sections, most)
+    told = {line.label: i for i, line in enumerate(lines) if line.label}
+    ends = [*list(told.values())[1:], len(lines)]
+    for section, end in zip(sections, ends, strict=False):
+        if section.label in told:
+            long = end - told[section.label]
+            longer = [n for room in Room if (n := len(section.lines(room))) > long]
+            assert len(lines) + min(longer, default=most) - long > most or not longer
+
+
 def test_the_gravest_keep_their_names_when_details_do_not_fit() -> None:
     three = [["A", "with", "again"], ["B", "with", "again"], ["C", "with"]]
     slower = Section("slower", [*three, ["D"]])
@@ -276,6 +292,34 @@ def test_the_gravest_keep_their_names_when_details_do_not_fit() -> None:
         ("", "and 1 more: attnbench history"),
         ("waiting", "x   and 1 more: attnbench history"),
     ]
+
+
+def test_the_gravest_says_what_to_type_before_others_are_told() -> None:
+    slower = Section("slower", [["A", "with", "again"]])
+    others = [Section(f"s{i}", [["x"]]) for i in range(6)]
+    assert [(line.label, line.text) for line in fitted([slower, *others], 5)] == [
+        ("slower", "A"),
+        ("", "with"),
+        ("", "again"),
+        ("s0", "x"),
+        ("more", "1 s1, 1 s2, 1 s3, 1 s4, 1 s5: attnbench history"),
+    ]
+
+
+def test_what_does_not_fit_is_counted_by_points() -> None:
+    rows = timed([1e-3] * 8, workload="64q1s1k dtype=fp32")
+    nights = {"slower": 1, "lost": 1, "crash": 1, "invalid": 1, "waiting": 5, "new": 7}
+    for number, (kind, count) in enumerate(nights.items()):
+        for batch in range(count):
+            rows += night_of(kind, f"{1 + batch}q1s{1 + number}k dtype=fp32")
+    judgement = judge(table_of(rows), planned=["0123456789abcdef"])
+    lines = summary_text(judgement, pages="site/index.html", reference="none: gone").splitlines()
+    assert len(lines) == 10
+    (more,) = [line for line in lines if line.startswith("more")]
+    waiting = len(judgement.flagged_points())
+    assert waiting >= 5
+    for told in (f" {waiting} waiting", " 7 new"):
+        assert told in more, more
 
 
 KINDS = ("slower", "faster", "lost", "works", "crash", "new", "noisy", "waiting", "invalid")
