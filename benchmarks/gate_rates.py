@@ -165,11 +165,8 @@ def rows_of(found: Screen, rows: NDArray[np.int64]) -> Screen:
 class Quiet:
     """What the gate did in nights without a step.
 
-    Attributes:
-        picked: share of the series-nights.
-        given_up: share of the second looks.
-        undecided: in 10,000 series-nights.
-        false_alarms: of each series, in 10,000 nights.
+    `picked` is a share of the series-nights, `given_up` of the second looks; `undecided` in 10,000
+    series-nights, `false_alarms` in 10,000 nights of each series.
     """
 
     picked: float
@@ -205,10 +202,7 @@ def quiet(nights: Nights, rng: np.random.Generator, limits: Limits = AS_IS) -> Q
 
 @dataclass(frozen=True, slots=True)
 class Untold:
-    """What is measured again though it was not picked: its past is too restless to tell.
-
-    `share` of the series-nights; `false_alarms` and `undecided` in 10,000 of them.
-    """
+    """What is too restless to tell: `share` of the series-nights, the others in 10,000 of them."""
 
     share: float
     false_alarms: float
@@ -217,7 +211,7 @@ class Untold:
 
 def is_untold(first: FirstLook) -> bool:
     """Whether it is measured again though it was not picked; the build before is at hand."""
-    found, _ = first_verdict(first, NOISE, True)
+    found = first_verdict(first, NOISE, True)[0]
     return found is Verdict.UNDECIDED and first.estimate.ratio > NOISE.limit
 
 
@@ -237,8 +231,7 @@ def untold(nights: Nights, rng: np.random.Generator) -> Untold:
         for row in rows_again:
             found = looked_again(nights.series[nights.of_row[row]], 0.0, rng)
             if found is not None:
-                is_alarm = found.is_slower(NOISE, confirm.LARGEST_P_UNPICKED)
-                false += is_alarm
+                false += (is_alarm := found.is_slower(NOISE, confirm.LARGEST_P_UNPICKED))
                 open_ += found.is_open(NOISE) and not is_alarm
     times = len(nights.night) * SECOND_LOOKS / 1e4
     return Untold(len(rows_again) / len(nights.night), false / times, open_ / times)

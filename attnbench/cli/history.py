@@ -64,6 +64,7 @@ COMPARE_COLUMNS = (
     "backend",
     "workload",
     "metric",
+    "how",
     "a_us",
     "b_us",
     "a_status",
@@ -78,6 +79,7 @@ HISTORY_COLUMNS = (
     "backend",
     "workload",
     "metric",
+    "how",
     "device",
     "runs",
     "latest_us",
@@ -88,7 +90,7 @@ HISTORY_COLUMNS = (
 _READ_TOGETHER = 512
 """Series whose values are held at once: every run is read once for so many."""
 
-LEVEL_COLUMNS = ("backend", "workload", "metric", "device")
+LEVEL_COLUMNS = ("backend", "workload", "metric", "how", "device")
 
 
 def history(
@@ -168,11 +170,14 @@ def _metrics(chosen: list[str] | None) -> tuple[str, ...]:
 
 
 def _identity(series: Series) -> dict[str, Any]:
+    from attnbench.dashboard.data import how_text
+
     variant = series.identity["variant"]
     return {
         "backend": f"{series.identity['backend']}{f':{variant}' if variant else ''}",
         "workload": series.identity["workload"],
         "metric": series.key.metric,
+        "how": how_text(series),
         "device": series.key.device_class,
     }
 

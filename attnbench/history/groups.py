@@ -2,14 +2,16 @@
 
 A kernel family that got slower shows in every shape and batch it is measured at. What the broken
 series have in common is looked for from the outside in: the device, the kernel, its phase, its
-shape. The first level at which most of what was judged broke in the same way is the alarm.
+shape. The first level at which most of what was judged broke in the same way is the alarm. What
+broke tonight is another cause than what stays broken, and kernels that broke on different nights
+have a cause each: they are told apart, or an alarm nobody has mended yet would hide the next.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from attnbench.history.rule import Verdict
@@ -55,11 +57,7 @@ class AlarmGroup:
     @property
     def since(self) -> RunValue | None:
         """The run most members say it began with, the earliest of equals."""
-        runs = [v.since for v in self.members if v.since is not None]
-        counts = Counter(run.run_id for run in runs)
-        return min(
-            runs, key=lambda run: (-counts[run.run_id], run.started_at, run.run_id), default=None
-        )
+        return _most_began(self.members)
 
     @property
     def title(self) -> str:
@@ -71,12 +69,13 @@ class AlarmGroup:
 
 
 def group_alarms(verdicts: Sequence[SeriesVerdict]) -> tuple[AlarmGroup, ...]:
-    """The regressions among `verdicts`, which are all of a night, grouped; the worst group first.
+    """The regressions among `verdicts`, which are all of a night, grouped, as `_order` has them.
 
-    Slow-downs and losses of support are never in one group, nor are two statuses.
+    Slow-downs and losses of support are never in one group, nor are two statuses, nor what began
+    with this run and what began before it.
     """
     judged = [(v, _levels(v)) for v in verdicts]
-    broken: dict[str, list[tuple[SeriesVerdict, tuple[str, ...]]]] = defaultdict(list)
+    broken: dict[tuple[str, bool], list[tuple[SeriesVerdict, tuple[str, ...]]]] = defaultdict(list)
     for verdict, levels in judged:
         if verdict.verdict is Verdict.REGRESSION:
             broken[_kind(verdict)].append((verdict, levels))
@@ -96,9 +95,27 @@ def _levels(verdict: SeriesVerdict) -> tuple[str, ...]:
     return verdict.series.key.device_class, kernel, phase, shape
 
 
-def _kind(verdict: SeriesVerdict) -> str:
-    """What may stand in one group: a loss of support is of the status it ended in."""
-    return str(verdict.subject.status) if verdict.is_support_change else "slower"
+def _kind(verdict: SeriesVerdict) -> tuple[str, bool]:
+    """What may stand in one group: a loss of support is of the status it ended in.
+
+    Began with this run or before it, no finer: on noise a step that stays may be told to have begun
+    a run apart in two of its series.
+    """
+    how = str(verdict.subject.status) if verdict.is_support_change else "slower"
+    return how, _began_before(verdict)
+
+
+def _began_before(verdict: SeriesVerdict) -> bool:
+    began = verdict.since or verdict.subject
+    return began.run_id != verdict.subject.run_id
+
+
+def _most_began(verdicts: Iterable[SeriesVerdict]) -> RunValue | None:
+    runs = [v.since for v in verdicts if v.since is not None]
+    counts = Counter(run.run_id for run in runs)
+    return min(
+        runs, key=lambda run: (-counts[run.run_id], run.started_at, run.run_id), default=None
+    )
 
 
 def _split(
@@ -108,10 +125,12 @@ def _split(
 ) -> list[AlarmGroup]:
     """Groups of `members`, which share the first `depth` - 1 levels."""
     groups: list[AlarmGroup] = []
-    inside: dict[tuple[str, ...], list[tuple[SeriesVerdict, tuple[str, ...]]]] = defaultdict(list)
+    inside: dict[tuple[tuple[str, ...], str], list[tuple[SeriesVerdict, tuple[str, ...]]]]
+    inside = defaultdict(list)
+    began = _kernels_began(members) if depth == 1 else {}
     for member in members:
-        inside[member[1][:depth]].append(member)
-    for common, own in inside.items():
+        inside[member[1][:depth], began.get(member[1][:2], "")].append(member)
+    for (common, _), own in inside.items():
         # A device is to blame where several kernels broke; one is to blame for itself.
         is_shared = depth > 1 or len({levels[1] for _, levels in own}) > 1
         if is_shared and len(own) >= _MIN_MEMBERS and len(own) > _SHARE * totals[common]:
@@ -123,6 +142,17 @@ def _split(
     return groups
 
 
+def _kernels_began(
+    members: Sequence[tuple[SeriesVerdict, tuple[str, ...]]],
+) -> dict[tuple[str, ...], str]:
+    """The run most of a kernel's series say it began with, of each device's kernels."""
+    kernels: dict[tuple[str, ...], list[SeriesVerdict]] = defaultdict(list)
+    for verdict, levels in members:
+        kernels[levels[:2]].append(verdict)
+    most = {kernel: _most_began(verdicts) for kernel, verdicts in kernels.items()}
+    return {kernel: run.run_id for kernel, run in most.items() if run is not None}
+
+
 def _group(common: tuple[str, ...], members: list[SeriesVerdict], judged: int) -> AlarmGroup:
     members.sort(key=lambda v: (-_ratio(v), v.series.title, v.series.id))
     return AlarmGroup(common=common, members=tuple(members), judged=judged)
@@ -132,10 +162,11 @@ def _ratio(verdict: SeriesVerdict) -> float:
     return verdict.estimate.ratio if verdict.estimate else 0.0
 
 
-def _order(group: AlarmGroup) -> tuple[bool, int, float, str]:
-    """Losses of support first, then what concerns most series, then what is worst."""
+def _order(group: AlarmGroup) -> tuple[bool, bool, int, float, str]:
+    """Losses of support first, then what is new, then what concerns most series or is worst."""
     return (
         not group.is_support_change,
+        _began_before(group.worst),
         -len(group.members),
         -_ratio(group.worst),
         group.title,

@@ -22,12 +22,12 @@ from attnbench.history.verdict import Judgement
 from attnbench.history.wording import (
     duration_text,
     interval_text,
-    level_text,
     one_line,
     percent,
     point_text,
     repro_command,
     short_commit,
+    since_text,
     status_reasons,
 )
 
@@ -228,7 +228,7 @@ def _measured_text(run: RunSummary, duration_s: float | None) -> str:
 
 def _ratio_text(verdict: SeriesVerdict) -> str:
     assert verdict.estimate is not None
-    since = f"   since {level_text(verdict.since)}" if verdict.since else ""
+    since = f"   since {since_text(verdict.since)}" if verdict.since else ""
     return f"{point_text(verdict)}   {interval_text(verdict.estimate)}{since}"
 
 
@@ -288,7 +288,7 @@ def _members_text(group: AlarmGroup) -> str:
 
 
 def _since_text(group: AlarmGroup) -> str:
-    return f"   since {level_text(group.since)}" if group.since else ""
+    return f"   since {since_text(group.since)}" if group.since else ""
 
 
 def _changed_lines(verdict: SeriesVerdict) -> list[str]:
@@ -299,7 +299,7 @@ def _changed_lines(verdict: SeriesVerdict) -> list[str]:
         detail = f" ({_shorten(reasons[0])}{more})"
     since = ""
     if verdict.since and verdict.since.run_id != subject.run_id:
-        since = f"   since {level_text(verdict.since)}"
+        since = f"   since {since_text(verdict.since)}"
     return [f"{point_text(verdict)}: {verdict.status_before} -> {status}{detail}{since}"]
 
 

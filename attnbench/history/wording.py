@@ -68,6 +68,12 @@ def level_text(value: RunValue) -> str:
     return short_commit(value.commit) or f"{value.started_at:%Y-%m-%d}"
 
 
+def since_text(value: RunValue) -> str:
+    """The same with the day: a commit may be that of many nights."""
+    day = f"{value.started_at:%Y-%m-%d}"
+    return f"{short_commit(value.commit)}, {day}" if value.commit else day
+
+
 def one_line(text: str) -> str:
     """`text` without anything that moves a cursor or breaks a line."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split(" ")).strip()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from attnbench.history.groups import AlarmGroup, group_alarms
 from attnbench.history.verdict import judge
 from attnbench.store.record import Measurement
@@ -89,3 +91,42 @@ def test_lost_support_is_never_told_with_a_slow_down() -> None:
         ("CPU_ATTN prefill", True, True),
         ("CPU_ATTN decode", False, False),
     ]
+
+
+def two_causes(sdpa: list[str], later: int) -> list[Measurement]:
+    """CPU_ATTN is slower from run 10, these batches of TORCH_SDPA from 11; `later` more runs."""
+    rows = []
+    for kernel in KERNELS:
+        for text in DECODES + PREFILLS:
+            point: dict[str, Any] = {"backend": kernel, "workload": text}
+            first = 1.5e-3 if kernel == "CPU_ATTN" else 1e-3
+            then = 1.3e-3 if kernel == "TORCH_SDPA" and text in sdpa else first
+            rows += timed([1e-3] * 10 + [first] + [then] * (1 + later), **point)
+            rows += [row(11 + later, 100 + r, seconds=then, **point) for r in range(10)]
+    return rows
+
+
+@pytest.mark.parametrize("texts", [DECODES + PREFILLS, DECODES[:1]], ids=len)
+def test_what_broke_tonight_is_told_before_what_stays_broken_and_apart(texts: list[str]) -> None:
+    found = groups_of(two_causes(texts, later=0))
+    assert [(g.title, len(g.members), g.judged) for g in found] == [
+        ("TORCH_SDPA", 8, 8) if len(texts) == 8 else (f"TORCH_SDPA {texts[0]}", 1, 1),
+        ("CPU_ATTN", 8, 8),
+    ]
+    assert [g.since and g.since.commit for g in found] == [row(11).commit, row(10).commit]
+    assert [round(g.ratio or 0, 2) for g in found] == [1.3, 1.5]
+
+
+def test_kernels_that_broke_on_different_nights_stay_two_alarms() -> None:
+    found = groups_of(two_causes(DECODES + PREFILLS, later=1))
+    assert [g.title for g in found] == ["CPU_ATTN", "TORCH_SDPA"]
+    assert [g.since and g.since.commit for g in found] == [row(10).commit, row(11).commit]
+
+
+def test_a_kernel_that_broke_again_in_another_phase_is_two_alarms() -> None:
+    rows = []
+    for text in DECODES + PREFILLS:
+        first, then = (1.5e-3, 1.5e-3) if text in DECODES else (1e-3, 1.3e-3)
+        rows += timed([1e-3] * 10 + [first, then], workload=text)
+        rows += [row(11, 100 + r, seconds=then, workload=text) for r in range(10)]
+    assert titles(rows) == [("CPU_ATTN prefill", 4, 4), ("CPU_ATTN decode", 4, 4)]

@@ -29,7 +29,8 @@ GOLDEN = """\
 attnbench nightly · 2026-11-20 · cpu-xeon-2c · 0bc0ffe (3 commits since the last run)
 verdict   REGRESSION: 1 confirmed, 1 support change, incomplete     exit 1
 measured  21 points: 19 OK, 1 INCORRECT, 1 UNSUPPORTED  6 min 12 s
-slower    CPU_ATTN decode 16q1s4k llama-3-8b fp32   +27.8 % [+25.6, +30.7]   since 0ac0ffe
+slower    CPU_ATTN decode 16q1s4k llama-3-8b fp32   +27.8 % [+25.6, +30.7]   since \
+0ac0ffe, 2026-11-19
           again: attnbench run 16q1s4k --shape llama-3-8b --backend CPU_ATTN --dtype fp32
 changed   FLEX_ATTENTION decode 4q1s4k phi-3-mini fp32: OK -> INCORRECT (max error 0.31)
 failed    FLEX_ATTENTION decode 4q1s4k phi-3-mini fp32 INCORRECT: max error 0.31
