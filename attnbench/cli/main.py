@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
@@ -114,6 +115,11 @@ app.command(
         "help_option_names": [],
     }
 )(asv.asv)
+
+for _command in app.registered_commands:
+    # Typer keeps the line breaks of a docstring, but for its first paragraph's.
+    paragraphs = inspect.cleandoc(getattr(_command.callback, "__doc__", "") or "").split("\n\n")
+    _command.help = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
 
 
 def main(arguments: list[str] | None = None) -> None:

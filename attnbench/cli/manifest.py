@@ -123,7 +123,8 @@ def _write(path: Path, runs: Sequence[RunSummary]) -> str:
     )
     unknown = sum(not run.stack_id for run in runs)
     without = f"; {unknown} runs do not know their stack" if unknown else ""
-    return f"{path}: {len(written.stacks)} stacks, {written.added} of them new{moved}{without}"
+    count = f"{len(written.stacks)} stack{'' if len(written.stacks) == 1 else 's'}"
+    return f"{path}: {count}, {written.added} of them new{moved}{without}"
 
 
 def _repository(given: Path | None) -> Path:

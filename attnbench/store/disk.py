@@ -18,14 +18,15 @@ from attnbench.errors import AttnBenchError, InfrastructureError, ResultsFolderE
 DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 _READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
+_GO_ON = "go on with --resume last"
 
-def write_error(path: Path, error: OSError) -> AttnBenchError:
-    """What to raise for `error` met while writing `path`."""
+
+def write_error(path: Path, error: OSError, then: str = _GO_ON) -> AttnBenchError:
+    """What to raise for `error` met while writing `path`; `then`: what to do with a free disk."""
     reason = error.strerror or str(error)
     if error.errno in DISK_FULL:
         return InfrastructureError(
-            f"{path}: cannot be written: {reason}; free some space there, then go on with "
-            "--resume last"
+            f"{path}: cannot be written: {reason}; free some space there, then {then}"
         )
     return ResultsFolderError(
         f"{path}: cannot be written: {reason}; name a folder you can write with --results"
@@ -33,12 +34,12 @@ def write_error(path: Path, error: OSError) -> AttnBenchError:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, then: str = _GO_ON) -> Iterator[None]:
     """Turn an OSError of the block into InfrastructureError (disk full) or ResultsFolderError."""
     try:
         yield
     except OSError as error:
-        raise write_error(path, error) from error
+        raise write_error(path, error, then) from error
 
 
 def make_folder(path: Path) -> None:

@@ -115,15 +115,17 @@ class Journal:
     def __init__(self, path: Path, header: RunHeader) -> None:
         """Create `path`. Raises ResultsFolderError, or InfrastructureError for a full disk."""
         self.path = path
-        with disk.writing(path):
+        # Nothing of this run is stored yet: --resume last would go on with the one before.
+        then = "give the command again"
+        with disk.writing(path, then):
             self._descriptor = os.open(path, _CREATE, 0o666)
             _open_journals.add(self)
             if not disk.try_lock(self._descriptor, exclusive=True):
                 raise BlockingIOError(None, "another process has locked it")
         self._size = 0
         try:
-            self._write({"header": header.to_json()})
-            with disk.writing(path):
+            with disk.writing(path, then):
+                self._write_line({"header": header.to_json()})
                 disk.sync_file(path.parent)
         except Exception:
             disk.remove_file(path)
@@ -132,19 +134,19 @@ class Journal:
 
     def append(self, row: Measurement) -> None:
         """Write one row; it is on disk when this returns."""
-        self._write({"row": row_to_json(row)})
-
-    def _write(self, value: Mapping[str, Any]) -> None:
-        line = encode_line(value)
         with disk.writing(self.path):
-            try:
-                disk.write_all(self._descriptor, line)
-                os.fsync(self._descriptor)
-            except OSError:
-                # Half a line in the middle would read as corruption once later lines follow.
-                os.ftruncate(self._descriptor, self._size)
-                os.lseek(self._descriptor, self._size, os.SEEK_SET)
-                raise
+            self._write_line({"row": row_to_json(row)})
+
+    def _write_line(self, value: Mapping[str, Any]) -> None:
+        line = encode_line(value)
+        try:
+            disk.write_all(self._descriptor, line)
+            os.fsync(self._descriptor)
+        except OSError:
+            # Half a line in the middle would read as corruption once later lines follow.
+            os.ftruncate(self._descriptor, self._size)
+            os.lseek(self._descriptor, self._size, os.SEEK_SET)
+            raise
         self._size += len(line)
 
     @property

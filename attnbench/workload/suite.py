@@ -96,7 +96,10 @@ def load_suites(folder: Path) -> dict[str, Suite]:
         UsageError: the folder has no suites, a file cannot be loaded, or two have one name.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder; name the folder that holds the suite files")
+        raise UsageError(
+            f"{folder} is not a folder; set `suites` in attnbench.toml to the folder that holds "
+            "the suite files, or write some to start from with `attnbench init`"
+        )
     owners: dict[str, Path] = {}
     suites: dict[str, Suite] = {}
     for path in sorted(folder.glob("[!_]*.py")):

@@ -46,6 +46,7 @@ def test_importing_the_command_line_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(("name", "command"), commands(), ids=lambda c: str(c)[:20])
 def test_every_verb_and_option_has_help_and_is_in_the_readme(name: str, command: Any) -> None:
     assert command.help, name
+    assert "\n" not in command.help.replace("\n\n", ""), "the terminal breaks lines"
     for parameter in command.params:
         assert getattr(parameter, "help", ""), f"{name} {parameter.name}"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

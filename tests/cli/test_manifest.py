@@ -83,7 +83,7 @@ def test_a_night_writes_what_is_new(project: Path, capsys: pytest.CaptureFixture
     record_stacks(settings, runs[:3])
     record_stacks(settings, runs)
     assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
-        "1 stacks, 1 of them new",
+        "1 stack, 1 of them new",
         "2 stacks, 1 of them new",
     ]
     tip = _tip(project / "stacks")

@@ -134,6 +134,18 @@ def test_a_full_disk_takes_back_the_half_line(
     assert not read.is_torn
 
 
+def test_a_disk_that_was_full_from_the_start_leaves_nothing_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk, "write_all", full)
+    with pytest.raises(InfrastructureError, match=r"a\.journal.*, then give the command again$"):
+        Journal(tmp_path / "a.journal", make_header())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_real_size_limit_is_a_full_disk_too(tmp_path: Path) -> None:
     path = tmp_path / "a.journal"
     journal = Journal(path, make_header())

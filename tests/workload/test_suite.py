@@ -154,7 +154,7 @@ def test_two_files_with_one_name(tmp_path: Path) -> None:
 def test_a_folder_without_suites(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has no suite files; write .*decode\.py: SUITE = Suite"):
         load_suites(tmp_path)
-    with pytest.raises(UsageError, match="nowhere is not a folder"):
+    with pytest.raises(UsageError, match=r"nowhere is not a folder.*`attnbench init`"):
         load_suites(tmp_path / "nowhere")
 
 
