@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -23,7 +23,7 @@ from attnbench.history.runs import runs_of
 from attnbench.history.self_record import gate_record
 from attnbench.history.verdict import judge
 from attnbench.store.ceilings import Ceilings
-from tests.dashboard.browsing import Reader, launched
+from tests.dashboard.browsing import OpenSite, Reader, launched
 from tests.dashboard.choices_store import fill_all
 from tests.dashboard.watch_history import watched_rows
 from tests.history.fake import HOSTILE, history, table_of
@@ -71,7 +71,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def opened(browser: Any) -> Iterator[Callable[[Path], Reader]]:
+def opened(browser: Any) -> Iterator[OpenSite]:
     """Gives a reader of a site; nothing may go wrong in its page."""
     readers: list[Reader] = []
 
@@ -126,3 +126,19 @@ def choices_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert outcome.exit_code == 0
     assert "broken.json: cannot be read as JSON" in outcome.stderr
     return target
+
+
+@pytest.fixture
+def choices_site(choices_folder: Path) -> Path:
+    return choices_folder / "site"
+
+
+@pytest.fixture
+def reader(opened: OpenSite, watched: Path) -> Reader:
+    """Of the pages of the night watch, where a module has none of its own."""
+    return opened(watched)
+
+
+@pytest.fixture
+def choices_reader(opened: OpenSite, choices_site: Path) -> Reader:
+    return opened(choices_site)

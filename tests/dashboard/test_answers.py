@@ -11,11 +11,6 @@ import pytest
 from attnbench.dashboard import Answers, read_answers
 
 
-@pytest.fixture
-def folder(choices_folder: Path) -> Path:
-    return choices_folder
-
-
 def test_no_folder_is_no_answers(tmp_path: Path) -> None:
     assert read_answers(tmp_path / "none") == Answers()
 
@@ -47,8 +42,10 @@ def test_what_is_no_answer_is_told_and_left_out(tmp_path: Path, text: str) -> No
         (("versions",), None),
     ],
 )
-def test_a_damaged_answer_is_told(folder: Path, tmp_path: Path, path: Any, value: Any) -> None:
-    answer = json.loads((folder / "results" / "answers" / "day.json").read_text())
+def test_a_damaged_answer_is_told(
+    choices_folder: Path, tmp_path: Path, path: Any, value: Any
+) -> None:
+    answer = json.loads((choices_folder / "results" / "answers" / "day.json").read_text())
     place = answer
     for step in path[:-1]:
         place = place[step]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 import pytest
 
 from attnbench.history.derived import QUANTITIES, Quantity, derive
-from tests.dashboard.browsing import OpenSite, Reader, in_browser
+from tests.dashboard.browsing import OpenSite, Reader, exported, in_browser
 from tests.dashboard.reading import read_data, series_id
 from tests.history.fake import LOST, REFUSED, SLOW
 
@@ -122,9 +120,7 @@ def test_a_series_that_was_never_timed_is_shown(reader: Reader) -> None:
 def test_csv_export_holds_the_stored_and_the_derived_numbers(reader: Reader) -> None:
     own_id = series_id(reader.site, *SLOW)
     page = reader.open(f"series.html#{own_id}", "history")
-    with page.expect_download() as download:
-        page.click("#export")
-    rows = list(csv.DictReader(io.StringIO(download.value.path().read_text(encoding="utf-8"))))
+    rows = exported(page, "#export")
     series = read_data(reader.site, "series-all")[own_id]
     stored = [
         seconds

@@ -21,23 +21,8 @@ from tests.dashboard.test_site import Links
 from tests.history.fake import HOSTILE, history, table_of
 
 
-@pytest.fixture
-def folder(choices_folder: Path) -> Path:
-    return choices_folder
-
-
-@pytest.fixture
-def site(choices_folder: Path) -> Path:
-    return choices_folder / "site"
-
-
-@pytest.fixture
-def reader(opened: OpenSite, site: Path) -> Reader:
-    return opened(site)
-
-
-def test_the_pages_hold_what_is_stored_and_saved(folder: Path, site: Path) -> None:
-    choices = read_data(site, "choices")
+def test_the_pages_hold_what_is_stored_and_saved(choices_folder: Path, choices_site: Path) -> None:
+    choices = read_data(choices_site, "choices")
     decode = next(one for one in choices["maps"] if one["phase"] == "decode")
     cells = {(one["requests"], one["tokens"]): one for one in decode["cells"]}
     assert {(r, 1024 * k) for r in REQUESTS for k in CONTEXTS} <= set(cells)
@@ -49,8 +34,8 @@ def test_the_pages_hold_what_is_stored_and_saved(folder: Path, site: Path) -> No
     means = [sum(one["ratio"] for one in run["batches"]) for run in regret["runs"][:RUNS]]
     assert max(means) == means[SLOW_RUN]
     assert [one["name"] for one in choices["advice"]] == ["decode", "old"]
-    answers = read_data(site, "traffic")["answers"]
-    saved = json.loads((folder / "results" / "answers" / "day.json").read_text())
+    answers = read_data(choices_site, "traffic")["answers"]
+    saved = json.loads((choices_folder / "results" / "answers" / "day.json").read_text())
     assert [one["name"] for one in answers] == ["day", "day-attention"]
     assert answers[0]["made_up"]
     for told, kept in zip(answers[0]["backends"], saved["backends"], strict=True):
@@ -59,12 +44,14 @@ def test_the_pages_hold_what_is_stored_and_saved(folder: Path, site: Path) -> No
         assert [one["load"] for one in told["loads"]] == [0.5, 1, 2, 4]
 
 
-def test_every_link_leads_to_a_file_and_nothing_is_loaded_from_elsewhere(site: Path) -> None:
+def test_every_link_leads_to_a_file_and_nothing_is_loaded_from_elsewhere(
+    choices_site: Path,
+) -> None:
     for page in ("traffic", "choices", "index"):
-        for link in Links((site / f"{page}.html").read_text()).links:
+        for link in Links((choices_site / f"{page}.html").read_text()).links:
             assert "//" not in link
-            assert link == "data:," or (site / link.partition("#")[0]).is_file()
-    for file in [*site.glob("*.html"), *site.glob("data/*.js")]:
+            assert link == "data:," or (choices_site / link.partition("#")[0]).is_file()
+    for file in [*choices_site.glob("*.html"), *choices_site.glob("data/*.js")]:
         assert "<img" not in file.read_text()
 
 
@@ -113,9 +100,11 @@ def test_measured_times_are_not_mixed_with_made_up_ones(tmp_path: Path) -> None:
 class TestChoices:
     pytestmark = in_browser
 
-    def test_the_map_says_winner_and_margin_in_words_and_patterns(self, reader: Reader) -> None:
-        page = reader.open("choices.html", "regret")
-        assert reader.texts("#map thead th") == ["Requests", "1k", "4k", "16k", "64k"]
+    def test_the_map_says_winner_and_margin_in_words_and_patterns(
+        self, choices_reader: Reader
+    ) -> None:
+        page = choices_reader.open("choices.html", "regret")
+        assert choices_reader.texts("#map thead th") == ["Requests", "1k", "4k", "16k", "64k"]
         cell = page.locator("[data-cell='4x65536']")
         assert cell.inner_text().split("\n")[0] == "FLASHINFER:FA3"
         assert "%" in cell.inner_text()
@@ -130,16 +119,16 @@ class TestChoices:
         )
         assert "slice=prefill-0" in page.url
 
-    def test_lengths_of_one_batch_size_are_shown_on_demand(self, reader: Reader) -> None:
-        page = reader.open("choices.html", "regret")
+    def test_lengths_of_one_batch_size_are_shown_on_demand(self, choices_reader: Reader) -> None:
+        page = choices_reader.open("choices.html", "regret")
         assert "are not shown" in page.locator("#map-note").inner_text()
         page.check("#every")
-        assert len(reader.texts("#map thead th")) > 5
+        assert len(choices_reader.texts("#map thead th")) > 5
         page.reload()
         assert page.locator("#every").is_checked()
 
-    def test_a_cell_opens_and_leads_to_its_series(self, reader: Reader) -> None:
-        page = reader.open("choices.html", "regret")
+    def test_a_cell_opens_and_leads_to_its_series(self, choices_reader: Reader) -> None:
+        page = choices_reader.open("choices.html", "regret")
         page.locator("[data-cell='1x1024']").click()
         assert "cell=1x1024" in page.url
         text = page.locator("#cell").inner_text()
@@ -147,30 +136,30 @@ class TestChoices:
         assert HOSTILE in text
         page.reload()
         page.locator("#cell").get_by_role("link", name="FLASHINFER:FA3").click()
-        reader.wait_for_chart("history")
+        choices_reader.wait_for_chart("history")
         assert page.locator("#title").inner_text() == "FLASHINFER[FA3] q1s1k"
 
-    def test_regret_over_commits_and_stacks(self, reader: Reader) -> None:
-        page = reader.open("choices.html", "regret")
-        assert len(reader.texts("#regret .xtick text")) == RUNS + 1
+    def test_regret_over_commits_and_stacks(self, choices_reader: Reader) -> None:
+        page = choices_reader.open("choices.html", "regret")
+        assert len(choices_reader.texts("#regret .xtick text")) == RUNS + 1
         assert "FLASH_ATTN unasked" in page.locator("#regret-note").inner_text()
-        names = reader.texts("#regret .legendtext")
+        names = choices_reader.texts("#regret .legendtext")
         assert names == ["mean of 19 batches", "mean of 21 batches", "worst batch"]
         page.get_by_role("button", name="Stacks").click()
         page.wait_for_function("document.querySelectorAll('#regret .xtick').length === 2")
-        assert "vllm 0.22.1" in reader.texts("#regret .xtick text")[0]
+        assert "vllm 0.22.1" in choices_reader.texts("#regret .xtick text")[0]
         page.locator("#regret-table button").first.click()
         assert page.locator("#batch").input_value().startswith("q1s64k")
-        assert len(reader.texts("#regret-table tbody tr")) == RUNS
+        assert len(choices_reader.texts("#regret-table tbody tr")) == RUNS
         page.reload()
-        reader.wait_for_chart("regret")
+        choices_reader.wait_for_chart("regret")
         assert page.locator("#axis button[aria-pressed=true]").inner_text() == "Stacks"
         page.locator("#regret-table tbody a").first.click()
         page.wait_for_url(f"**/conditions.html#run={RUNS - 1}")
 
-    def test_saved_advice_and_what_expired(self, reader: Reader) -> None:
-        page = reader.open("choices.html", "regret")
-        rows = reader.texts("#advice tbody tr")
+    def test_saved_advice_and_what_expired(self, choices_reader: Reader) -> None:
+        page = choices_reader.open("choices.html", "regret")
+        rows = choices_reader.texts("#advice tbody tr")
         assert len(rows) == 2
         assert "FLASHINFER:FA3" in rows[0]
         assert "--attention-backend FLASHINFER" in rows[0]
@@ -178,9 +167,9 @@ class TestChoices:
         assert "expired" not in rows[0]
         assert page.locator("img").count() == 0
 
-    def test_tables_are_exported(self, reader: Reader, site: Path) -> None:
-        page = reader.open("choices.html", "regret")
-        choices = read_data(site, "choices")
+    def test_tables_are_exported(self, choices_reader: Reader, choices_site: Path) -> None:
+        page = choices_reader.open("choices.html", "regret")
+        choices = read_data(choices_site, "choices")
         decode = next(one for one in choices["maps"] if one["phase"] == "decode")
         rows = exported(page, "#export-map")
         lines = [line for cell in decode["cells"] for line in cell["lines"]]
@@ -201,18 +190,24 @@ class TestChoices:
         ]
         assert any(HOSTILE in row["why"] for row in refused)
 
-    def test_strange_addresses_do_nothing(self, reader: Reader) -> None:
-        page = reader.open("choices.html#where=x&slice=y&cell=z&batch=q&axis=constructor&%ff")
+    def test_strange_addresses_do_nothing(self, choices_reader: Reader) -> None:
+        page = choices_reader.open(
+            "choices.html#where=x&slice=y&cell=z&batch=q&axis=constructor&%ff"
+        )
         assert page.locator("[data-cell]").count() == 16
         assert page.locator("#cell").is_hidden()
 
 
 @browses
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_needs_no_sideways_scrolling(opened: OpenSite, site: Path, scheme: str) -> None:
-    reader = opened(site, viewport={"width": 360, "height": 740}, color_scheme=scheme)
+def test_a_phone_needs_no_sideways_scrolling(
+    opened: OpenSite, choices_site: Path, scheme: str
+) -> None:
+    choices_reader = opened(
+        choices_site, viewport={"width": 360, "height": 740}, color_scheme=scheme
+    )
     for address, chart in (("traffic.html", "loads"), ("choices.html#cell=4x16384", "regret")):
-        page = reader.open(address, chart)
+        page = choices_reader.open(address, chart)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         contrast = page.evaluate(CONTRAST)
         assert contrast >= 4.5, address
@@ -275,8 +270,8 @@ def test_times_of_another_timer_or_gpu_are_another_line(opened: OpenSite, tmp_pa
         fill(tmp_path / "r", rows)
     words = ["dashboard", "--results", str(tmp_path / "r"), "--site", str(tmp_path / "site")]
     assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
-    reader = opened(tmp_path / "site")
-    page = reader.open("choices.html", "regret")
+    choices_reader = opened(tmp_path / "site")
+    page = choices_reader.open("choices.html", "regret")
     traces = page.evaluate(
         "document.getElementById('regret').data.filter((one) => one.name.startsWith('mean'))"
         ".map((one) => [one.name, one.customdata])"
@@ -294,8 +289,8 @@ def test_times_of_another_timer_or_gpu_are_another_line(opened: OpenSite, tmp_pa
 
 
 @browses
-def test_a_table_has_one_button_that_exports_it(opened: OpenSite, site: Path) -> None:
+def test_a_table_has_one_button_that_exports_it(opened: OpenSite, choices_site: Path) -> None:
     for name in ("choices", "traffic"):
-        page = opened(site).open(f"{name}.html")
+        page = opened(choices_site).open(f"{name}.html")
         page.wait_for_timeout(300)
         assert page.locator("p.csv button").count() == 0, name

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from attnbench.history.comparison import compare
-from tests.dashboard.browsing import OpenSite, Reader, browses
+from tests.dashboard.browsing import Reader, browses, exported
 from tests.dashboard.reading import read_data
 from tests.dashboard.watch_history import (
     OLD_WAY,
     commit_of,
 )
 from tests.history.fake import row
-
-
-@pytest.fixture
-def reader(opened: OpenSite, watched: Path) -> Reader:
-    return opened(watched)
-
 
 SIDES = [
     (row(20).run_id, row(39).run_id),
@@ -42,9 +34,7 @@ def test_the_page_compares_as_the_command_does(
 ) -> None:
     said = compare(watched_table, a, b)
     page = reader.open(f"compare.html#a={a}&b={b}", "ratios")
-    with page.expect_download() as download:
-        page.click("#export")
-    rows = list(csv.DictReader(io.StringIO(download.value.path().read_text(encoding="utf-8"))))
+    rows = exported(page, "#export")
     shown = {one["series"]: one for one in rows}
     assert set(shown) == {one.series.id for one in said.rows}
     for one in said.rows:

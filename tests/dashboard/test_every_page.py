@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from tests.dashboard.browsing import OpenSite, Reader, browses
 from tests.dashboard.reading import series_id
-from tests.dashboard.watch_history import (
-    STEPPED,
-)
-
-
-@pytest.fixture
-def reader(opened: OpenSite, watched: Path) -> Reader:
-    return opened(watched)
-
+from tests.dashboard.watch_history import STEPPED
 
 PAGES = ("index", "series", "compare", "backends", "support", "conditions", "gate")
 
@@ -92,3 +85,51 @@ def test_every_table_can_be_taken_away_as_csv(reader: Reader) -> None:
             lines = list(csv.reader(io.StringIO(download.value.path().read_text(encoding="utf-8"))))
             assert lines
             assert len({len(line) for line in lines}) == 1
+
+
+@browses
+def test_without_scripts_nothing_stays_empty_and_a_page_says_what_prints_it(
+    opened: OpenSite, watched: Path, choices_site: Path
+) -> None:
+    plain = opened(watched, java_script_enabled=False)
+    others = opened(choices_site, java_script_enabled=False)
+    for name in (*PAGES, "choices", "traffic"):
+        page = (plain if name in PAGES else others).open(f"{name}.html")
+        assert page.locator("h1").first.is_visible(), name
+        for kind in ("button", "input", "select", "fieldset", ".chart", ".legend"):
+            assert page.locator(f"main {kind}").filter(visible=True).count() == 0, (name, kind)
+        for empty in ("table:not(:has(tbody td))", "dl:empty", "ol:empty"):
+            assert page.locator(f"main {empty}").filter(visible=True).count() == 0, (name, empty)
+        if name != "gate":
+            told = page.locator("noscript p").filter(visible=True).last.inner_text()
+            assert "needs JavaScript. attnbench " in told, name
+    page = plain.open("index.html")
+    assert page.locator("#slower tbody tr").first.is_visible()
+    assert page.locator("h2", has_text="Runs").is_visible()
+    assert plain.open("gate.html").locator("table[data-csv=power] tbody tr").first.is_visible()
+
+
+@browses
+def test_the_matrix_without_scripts_says_what_prints_it(opened: OpenSite, site: Path) -> None:
+    page = opened(site, java_script_enabled=False).open("matrix.html")
+    assert "attnbench matrix prints the same" in page.locator("main").inner_text()
+    assert page.locator("#grid").is_hidden()
+
+
+@browses
+def test_on_a_phone_a_legend_leaves_room_and_names_do_not_cover_each_other(
+    opened: OpenSite, watched: Path
+) -> None:
+    one = opened(watched, viewport={"width": 360, "height": 740})
+    page = one.open("gate.html", "power")
+    names = one.texts("#power .legendtext")
+    # Four steps and two timers, not eight lines.
+    assert names == ["+2 %", "+3 %", "+5 %", "+10 %", "event", "graph"]
+    chart = page.locator("#power").bounding_box()["height"]
+    assert page.locator("#power .legend").bounding_box()["height"] < chart / 3
+    page = one.open("backends.html", "sides")
+    assert len(one.texts("#sides .xtick text")) > 3
+    boxes = [tick.bounding_box() for tick in page.locator("#sides .xtick text").all()]
+    turned = page.locator("#sides .xtick text").first.get_attribute("transform") or ""
+    pairs = pairwise(boxes)
+    assert "rotate(-45" in turned or all(a["x"] + a["width"] <= b["x"] for a, b in pairs)

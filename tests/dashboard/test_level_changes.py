@@ -13,7 +13,7 @@ from attnbench.dashboard.level_changes import FILE_NAME, level_changes, restless
 from attnbench.history.change_points import change_points_of_panel
 from attnbench.history.panel import Panel
 from attnbench.store import ResultsFolder, RunHeader
-from tests.dashboard.browsing import OpenSite, Reader, browses
+from tests.dashboard.browsing import Reader, browses
 from tests.dashboard.reading import read_data, series_id
 from tests.dashboard.watch_history import (
     DRIVER_AT,
@@ -23,11 +23,6 @@ from tests.dashboard.watch_history import (
     watched_rows,
 )
 from tests.history.fake import row
-
-
-@pytest.fixture
-def reader(opened: OpenSite, watched: Path) -> Reader:
-    return opened(watched)
 
 
 def test_the_series_data_has_its_change_points(watched: Path, watched_table: pa.Table) -> None:

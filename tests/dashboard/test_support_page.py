@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
-import pytest
-
-from tests.dashboard.browsing import OpenSite, Reader, browses
+from tests.dashboard.browsing import Reader, browses, exported
 from tests.dashboard.reading import read_data
 from tests.dashboard.watch_history import (
     LOST_AT,
     RUNS,
 )
 from tests.history.fake import HOSTILE
-
-
-@pytest.fixture
-def reader(opened: OpenSite, watched: Path) -> Reader:
-    return opened(watched)
 
 
 @browses
@@ -37,9 +28,7 @@ def test_the_rows_of_a_night_can_be_sorted_searched_and_taken_away(reader: Reade
     assert timed == sorted(timed, reverse=True)
     assert shown[: len(timed)] == timed
     page.fill("#search", "torch_sdpa 16q1s4k")
-    with page.expect_download() as download:
-        page.click("#export-rows")
-    lines = list(csv.DictReader(io.StringIO(download.value.path().read_text(encoding="utf-8"))))
+    lines = exported(page, "#export-rows")
     assert [line["replicate"] for line in lines] != []
     assert {line["backend"] for line in lines} == {"TORCH_SDPA"}
     assert {line["before_load_1m"] for line in lines} == {"0.4"}
@@ -76,7 +65,5 @@ def test_support_tells_what_changed_and_why(reader: Reader) -> None:
     page.fill("#search", "no such cell")
     assert "take a word" in page.locator("#more-cells").inner_text()
     page.fill("#search", "flex softcap")
-    with page.expect_download() as download:
-        page.click("#export-changes")
-    (line,) = csv.DictReader(io.StringIO(download.value.path().read_text(encoding="utf-8")))
+    (line,) = exported(page, "#export-changes")
     assert (line["before"], line["after"]) == ("OK", "UNSUPPORTED")

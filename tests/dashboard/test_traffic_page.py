@@ -7,42 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from tests.dashboard.browsing import OpenSite, Reader, exported, in_browser
-
-
-@pytest.fixture
-def folder(choices_folder: Path) -> Path:
-    return choices_folder
-
-
-@pytest.fixture
-def site(choices_folder: Path) -> Path:
-    return choices_folder / "site"
-
-
-@pytest.fixture
-def reader(opened: OpenSite, site: Path) -> Reader:
-    return opened(site)
+from tests.dashboard.browsing import Reader, exported, in_browser
 
 
 class TestTraffic:
     pytestmark = in_browser
 
-    def test_reads_before_plotly_has_loaded(self, reader: Reader) -> None:
-        reader.page.route("**/plotly.min.js", lambda route: route.abort())
-        page = reader.open("traffic.html")
-        assert reader.texts("#numbers tbody th")[-1] == "roofline (lower bound)"
-        assert len(reader.texts("#numbers tbody tr")) == 4
-        assert len(reader.texts("#loads-table tbody tr")) == 16
+    def test_reads_before_plotly_has_loaded(self, choices_reader: Reader) -> None:
+        choices_reader.page.route("**/plotly.min.js", lambda route: route.abort())
+        page = choices_reader.open("traffic.html")
+        assert choices_reader.texts("#numbers tbody th")[-1] == "roofline (lower bound)"
+        assert len(choices_reader.texts("#numbers tbody tr")) == 4
+        assert len(choices_reader.texts("#loads-table tbody tr")) == 16
         assert page.locator("#curve-values tbody tr").count() == 4
-        reader.problems = [
-            p for p in reader.problems if "plotly" not in p and "ERR_FAILED" not in p
+        choices_reader.problems = [
+            p for p in choices_reader.problems if "plotly" not in p and "ERR_FAILED" not in p
         ]
 
-    def test_what_is_made_up_is_marked_and_what_a_step_is_is_said(self, reader: Reader) -> None:
-        page = reader.open("traffic.html", "loads")
+    def test_what_is_made_up_is_marked_and_what_a_step_is_is_said(
+        self, choices_reader: Reader
+    ) -> None:
+        page = choices_reader.open("traffic.html", "loads")
         assert page.locator("#made-up").is_visible()
-        assert reader.texts("#curves .annotation-text") == ["MADE UP"]
+        assert choices_reader.texts("#curves .annotation-text") == ["MADE UP"]
         assert "linear layers at the roofline" in page.locator("#scope").inner_text()
         page.select_option("#answer", "day-attention")
         assert "A step is attention only:" in page.locator("#scope").inner_text()
@@ -50,8 +37,8 @@ class TestTraffic:
         assert "--load 0.5" in page.locator("#no-loads").inner_text()
         assert "answer=day-attention" in page.url
 
-    def test_choices_are_in_the_address(self, reader: Reader) -> None:
-        page = reader.open("traffic.html", "curves")
+    def test_choices_are_in_the_address(self, choices_reader: Reader) -> None:
+        page = choices_reader.open("traffic.html", "curves")
         page.get_by_role("button", name="TTFT").click()
         page.get_by_role("button", name="ITL against throughput").click()
         page.wait_for_function(
@@ -60,14 +47,14 @@ class TestTraffic:
         title = page.locator("#curves .xtitle").text_content()
         assert title == "time to first token (ms), log scale"
         page.reload()
-        reader.wait_for_chart("loads")
+        choices_reader.wait_for_chart("loads")
         assert page.locator("#quantity button[aria-pressed=true]").inner_text() == "TTFT"
-        page = reader.open("traffic.html#answer=none&q=constructor&x=%ff")
+        page = choices_reader.open("traffic.html#answer=none&q=constructor&x=%ff")
         assert page.locator("#answer").input_value() == "day"
 
-    def test_tables_are_exported(self, reader: Reader, folder: Path) -> None:
-        page = reader.open("traffic.html", "curves")
-        saved = json.loads((folder / "results" / "answers" / "day.json").read_text())
+    def test_tables_are_exported(self, choices_reader: Reader, choices_folder: Path) -> None:
+        page = choices_reader.open("traffic.html", "curves")
+        saved = json.loads((choices_folder / "results" / "answers" / "day.json").read_text())
         rows = exported(page, "#export-numbers")
         for row, one in zip(rows, saved["backends"], strict=True):
             for name in ("itl_p99_ms", "tokens_per_busy_s"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from html.parser import HTMLParser
@@ -21,7 +19,7 @@ from attnbench.upgrade.cells import Cell
 from attnbench.upgrade.compare import compare
 from attnbench.upgrade.probe import FACTS, CellAnswer, VersionAnswer
 from attnbench.upgrade.report import to_json
-from tests.dashboard.browsing import Reader, browses
+from tests.dashboard.browsing import Reader, browses, exported
 from tests.dashboard.upgrade_answer import answer, step
 from tests.history.fake import HOSTILE, history, table_of
 
@@ -168,9 +166,7 @@ def test_in_a_browser(browser: Any, tmp_path: Path, width: int) -> None:
     assert page.locator("#device").input_value() == "7.5"
     assert page.locator(shown).count() == 3
 
-    with page.expect_download() as download:
-        page.click("#export")
-    rows = list(csv.DictReader(io.StringIO(download.value.path().read_text(encoding="utf-8"))))
+    rows = exported(page, "#export")
     assert [row["device"] for row in rows] == ["7.5"] * 3
     assert rows[0]["change"] == "ALPHA → no backend"
     assert rows[0]["which"] == "head_size=64 kv=nvfp4"
@@ -194,7 +190,8 @@ def test_in_a_browser(browser: Any, tmp_path: Path, width: int) -> None:
         assert text in body
     page.keyboard.press("Escape")
     page.wait_for_selector("#detail:not([open])", state="attached")
-    assert "cell=" not in page.url
+    # The address follows in an event of its own.
+    page.wait_for_function("!location.href.includes('cell=')")
 
     page = reader.open("upgrade.html#cell=9.0+head_size%3D256")
     page.wait_for_selector("#detail[open]")

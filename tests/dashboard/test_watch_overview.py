@@ -15,9 +15,7 @@ from attnbench.history.runs import runs_of
 from attnbench.history.self_record import gate_record, rate
 from attnbench.history.verdict import judge
 from tests.dashboard.test_site import Links
-from tests.dashboard.watch_history import (
-    watched_rows,
-)
+from tests.dashboard.watch_history import watched_rows
 from tests.history.fake import HOSTILE, row, table_of
 
 

@@ -74,7 +74,7 @@ function chart() {
     traces,
     layout: {
       showlegend: true,
-      xaxis: axis("batch spec", { tickvals: named, ticktext: named.map((i) => plain(specs[i])), range: [-0.5, specs.length - 0.5], zeroline: false, showgrid: false, tickangle: specs.length > 5 ? -45 : 0 }),
+      xaxis: axis("batch spec", { tickvals: named, ticktext: named.map((i) => plain(specs[i])), range: [-0.5, specs.length - 0.5], zeroline: false, showgrid: false, tickangle: specs.length > (isNarrow() ? 3 : 5) ? -45 : 0 }),
       yaxis: axis(`${label} (${unit}${lower ? ", log scale" : ""})`, lower ? { type: "log", dtick: "D2", tickformat: ",.3~r" } : { rangemode: "tozero" }),
       shapes: specs.slice(1, step > 1 ? 1 : specs.length).map((_, i) => ({ type: "line", x0: i + 0.5, x1: i + 0.5, yref: "paper", y0: 0, y1: 1, layer: "below", line: { color: css("--line"), width: 1 } })),
     },
