@@ -56,7 +56,7 @@ def dashboard(
         matrix=read_matrix(settings.matrix_file),
         pages=pages,
         ceilings=folder.ceilings(),
-        watch=watch_of(folder, panel),
+        watch=watch_of(folder, panel, entries),
         **page_values(folder, panel, settings, pages.runs),
     )
     emit([{"page": str(index), "runs": panel.num_runs, "series": panel.num_series}], format)

@@ -175,7 +175,7 @@ def nightly(
             pages=pages,
             summary=markdown,
             ceilings=folder.ceilings(),
-            watch=watch_of(folder, panel),
+            watch=watch_of(folder, panel, known),
             **page_values(folder, panel, settings, pages.runs),
         )
     except AttnBenchError as error:

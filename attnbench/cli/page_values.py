@@ -12,6 +12,7 @@ from attnbench.cli.output import note
 if TYPE_CHECKING:
     from attnbench.dashboard import Answers
     from attnbench.dashboard.watch import Watch
+    from attnbench.history.acknowledge import Acknowledgement
     from attnbench.history.panel import Panel
     from attnbench.settings import Settings
     from attnbench.store import ResultsFolder
@@ -62,7 +63,9 @@ def _newest_runs(panel: Panel) -> list[str]:
     return found
 
 
-def watch_of(folder: ResultsFolder, panel: Panel) -> Watch:
+def watch_of(
+    folder: ResultsFolder, panel: Panel, accepted: tuple[Acknowledgement, ...] = ()
+) -> Watch:
     """The gate's own record, clocks of the runs, and the clone of the working directory."""
     from attnbench.dashboard.watch import Watch
     from attnbench.history.attribution import locked_clocks
@@ -73,6 +76,7 @@ def watch_of(folder: ResultsFolder, panel: Panel) -> Watch:
         record=_gate_record(folder, panel, own),
         clocks=locked_clocks(folder, own),
         repository=Path.cwd(),
+        accepted=accepted,
     )
 
 

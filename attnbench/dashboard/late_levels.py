@@ -1,7 +1,7 @@
-"""Slower levels of the last weeks that no alarm told of: to be looked at, for whom it matters.
+"""Slower levels of the last weeks that are no alarm tonight: never seen, or seen and not mended.
 
-A night's gate sees a small step in its first nights or not at all (docs/verdict.md); change points
-find it later, and nobody's second look has confirmed them.
+A night's gate sees a small step in its first nights or not at all, and what nobody mends or accepts
+is the level itself after a week (docs/verdict.md). Change points still say it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import numpy as np
 from attnbench.dashboard.alarm_entries import entry, outline_of
 from attnbench.dashboard.level_changes import Changes
 from attnbench.dashboard.watch import Watch
+from attnbench.history.acknowledge import AlarmKind
+from attnbench.history.alarms import point_fields
 from attnbench.history.attribution import attribute_between
 from attnbench.history.confirm import FUTILITY_ROUNDS
 from attnbench.history.panel import Panel
@@ -41,7 +43,7 @@ def late_section(
     """The overview's section of them, the largest first; `told` are series it names already.
 
     Of each series the newest change of level counts, where it is slower by more than the timer's
-    floor and no second look was made to its end since.
+    floor and nobody has accepted it.
     """
     found = []
     for index in panel.with_metrics(settings.metrics).tolist():
@@ -51,13 +53,12 @@ def late_section(
         _, low, high, ratio, p = changes[name][-1]
         is_clear = p <= _SURE and ratio > settings.noise(panel.keys[index].timer).limit
         is_new = np.isfinite(panel.log_s[index, high:]).sum() <= _RUNS
-        looked_at = (panel.num_confirmations[index, low + 1 :] > FUTILITY_ROUNDS).any()
-        if is_clear and is_new and not looked_at:
+        if is_clear and is_new and not _is_accepted(panel, index, ratio, watch):
             found.append((ratio, index, low, high))
     found.sort(reverse=True)
     return {
         "kind": "late",
-        "title": "Slower for some time, and no alarm told of it",
+        "title": "Slower for some time, and no alarm tonight",
         "total": len(found),
         "points": 0,
         "entries": [
@@ -65,6 +66,19 @@ def late_section(
             for ratio, index, low, high in found[:_LISTED]
         ],
     }
+
+
+def _is_accepted(panel: Panel, index: int, ratio: float, watch: Watch) -> bool:
+    day = panel.runs[-1].started_at.date()
+    series = panel.outline(index)
+    fields = point_fields(series.identity, series.key, series.title, panel.ids[index])
+    return any(
+        one.kind is AlarmKind.SLOWER
+        and ratio <= one.up_to
+        and one.holds(day)
+        and one.matches(fields)
+        for one in watch.accepted
+    )
 
 
 def _entry(
@@ -79,7 +93,11 @@ def _entry(
     old, new = (series.at(panel.runs[run].run_id) for run in between)
     assert old is not None
     assert new is not None
+    again = np.flatnonzero(panel.num_confirmations[index, between[0] + 1 :] > FUTILITY_ROUNDS)
     detail = "a change of level, not measured again since: bisect says whether it is one"
+    if len(again):
+        last = panel.runs[between[0] + 1 + int(again[-1])].started_at
+        detail = f"last measured again on {last:%Y-%m-%d}; neither mended nor accepted"
     made = entry(verdict, f"{percent(ratio)} level", detail, since=new)
     runs = {run.run_id: run for run in panel.runs}
     found = attribute_between(series, old, new, runs, watch.repository, watch.clocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from attnbench.dashboard import render
 from attnbench.dashboard.late_levels import late_section
 from attnbench.dashboard.level_changes import level_changes
 from attnbench.dashboard.watch import Watch
+from attnbench.history.acknowledge import Acknowledgement, AlarmKind
 from attnbench.history.night import judge_newest
 from attnbench.history.panel import Panel
 from attnbench.history.rule import VerdictSettings
@@ -32,12 +34,17 @@ def nights(size: float, at: int = STEP_AT, count: int = NIGHTS, **more: Any) -> 
     return [row(n, seconds=level, **facts) for n, level in enumerate(levels)]
 
 
-def found_in(rows: list[Measurement], folder: Path, told: tuple[str, ...] = ()) -> dict[str, Any]:
+def found_in(
+    rows: list[Measurement],
+    folder: Path,
+    told: tuple[str, ...] = (),
+    accepted: tuple[Acknowledgement, ...] = (),
+) -> dict[str, Any]:
     panel = Panel.of_table(table_of(rows))
     verdicts = judge_newest(panel, range(panel.num_series), SETTINGS)
     by_id = {verdict.series.id: verdict for verdict in verdicts}
     changes = level_changes(panel, folder)
-    return late_section(panel, by_id, changes, SETTINGS, Watch(), told)
+    return late_section(panel, by_id, changes, SETTINGS, Watch(accepted=accepted), told)
 
 
 def percent_of(entry: dict[str, Any]) -> float:
@@ -68,16 +75,55 @@ def test_a_slower_level_is_told_with_its_range_and_how_to_prove_it(tmp_path: Pat
         (nights(-0.05), 0),
         (nights(0.04, count=52), 0),  # 22 nights ago
         (nights(0.04, count=48), 1),
-        (nights(0.04) + again(33, 10), 0),  # told then, or found to be nothing
-        (nights(0.04) + again(33, 4), 1),  # given up
-        (nights(0.04) + again(25, 10), 1),  # before the change
     ],
 )
-def test_only_what_is_new_clear_and_was_not_looked_at(
-    rows: list[Measurement], total: int, tmp_path: Path
-) -> None:
+def test_only_what_is_new_and_clear(rows: list[Measurement], total: int, tmp_path: Path) -> None:
     found = found_in(rows, tmp_path)
     assert (found["total"], len(found["entries"])) == (total, total)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (again(33, 10), "last measured again on 2026-12-12"),
+        (again(33, 10) + again(35, 10), "last measured again on 2026-12-14"),
+        (again(33, 4), "not measured again since"),  # given up
+        (again(25, 10), "not measured again since"),  # before the change
+    ],
+)
+def test_what_was_told_and_not_mended_says_when(
+    rows: list[Measurement], said: str, tmp_path: Path
+) -> None:
+    (entry,) = found_in(nights(0.04) + rows, tmp_path)["entries"]
+    assert said in entry["detail"]
+
+
+@pytest.mark.parametrize(
+    ("more", "total"),
+    [
+        ({}, 0),
+        ({"patterns": {"backend": "CPU_*"}}, 0),
+        ({"patterns": {"backend": "TORCH_SDPA"}}, 1),
+        ({"expires": date(2026, 12, 1)}, 1),
+        ({"kind": AlarmKind.STATUS}, 1),
+        ({"up_to": 1.02}, 1),  # it is worse than that
+    ],
+)
+def test_what_somebody_accepted_is_not_told(
+    more: dict[str, Any], total: int, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {
+        "kind": AlarmKind.SLOWER,
+        "patterns": {"phase": "decode"},
+        "since": "2026-12-09",
+        "reason": "known",
+        "by": "me",
+        "expires": date(2027, 1, 1),
+        "up_to": 1.1,
+        **more,
+    }
+    accepted = (Acknowledgement(**fields),)
+    assert found_in(nights(0.04), tmp_path, accepted=accepted)["total"] == total
 
 
 def test_what_the_page_names_already_is_not_said_twice(tmp_path: Path) -> None:
@@ -102,7 +148,7 @@ def test_the_overview_shows_it(tmp_path: Path) -> None:
     judgement = judge(panel)
     assert not judgement.exit_code
     page = render(panel, panel.runs, judgement, tmp_path).read_text(encoding="utf-8")
-    assert "Slower for some time, and no alarm told of it" in page
+    assert "Slower for some time, and no alarm tonight" in page
     assert re.search(r"\+(3\.9|4\.\d) % level", page)
     assert "Slower for some time: 1, below." in page
     assert HOSTILE not in page
