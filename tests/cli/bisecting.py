@@ -125,7 +125,7 @@ for line in sys.stdin:
             reload_entry_points()
             sys.argv = request["words"]
             runpy.run_path(sys.argv[0], run_name="__main__")
-        except BaseException:
+        except BaseException:  # sys.exit too: a forked process never returns
             traceback.print_exc()
             code = 1
         sys.stderr.flush()
