@@ -97,7 +97,7 @@ def _entry(
     detail = "a change of level, not measured again since: bisect says whether it is one"
     if len(again):
         last = panel.runs[between[0] + 1 + int(again[-1])].started_at
-        detail = f"last measured again on {last:%Y-%m-%d}; neither mended nor accepted"
+        detail = f"a change of level, last measured again on {last:%Y-%m-%d}"
     made = entry(verdict, f"{percent(ratio)} level", detail, since=new)
     runs = {run.run_id: run for run in panel.runs}
     found = attribute_between(series, old, new, runs, watch.repository, watch.clocks)
